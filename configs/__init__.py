@@ -1,0 +1,1 @@
+"""The shipped configurations: modules, presets and jobs, as YAML."""

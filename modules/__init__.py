@@ -1,0 +1,1 @@
+"""What a module is: spec, store, signatures, engines, networks. Knows nothing of Beam."""

@@ -1,0 +1,92 @@
+"""Files on any Beam filesystem: read whole, write whole or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.io.filesystems import FileSystems
+
+
+def is_local(path: str) -> bool:
+    """Tells whether `path` names a file of this machine (no ``scheme://``)."""
+    return FileSystems.get_scheme(path) is None
+
+
+def join(base: str, *parts: str) -> str:
+    """Joins path parts the way the filesystem of `base` does."""
+    return cast(str, FileSystems.join(base, *parts))
+
+
+def open_read(path: str) -> BinaryIO:
+    """Opens a file for reading bytes as they are stored (``.gz`` is not unpacked)."""
+    if is_local(path):
+        return Path(path).open("rb")
+    return cast(
+        BinaryIO, FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
+    )
+
+
+def read_bytes(path: str) -> bytes:
+    """Reads a whole file."""
+    with open_read(path) as file:
+        return file.read()
+
+
+@contextmanager
+def write_whole(path: str) -> Iterator[BinaryIO]:
+    """Opens `path` for writing so that it appears whole or not at all.
+
+    A local file is written under a temporary name beside it, flushed to disk and renamed. An
+    object store makes an object visible only when its upload ends, so there the final name is
+    written at once, and a failed upload is abandoned.
+
+    Args:
+      path: the final name; its local parent folders are made.
+
+    Yields:
+      A binary file to write to.
+    """
+    if is_local(path):
+        final = Path(path)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = final.with_name(f".{final.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(final)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return
+    yield from _put_whole(path)
+
+
+def _put_whole(path: str) -> Iterator[BinaryIO]:
+    # Beam's writers finish the upload in close(), even while an exception is on its way: what is
+    # written is therefore collected first, and put in one go only when it is complete.
+    import tempfile
+
+    with tempfile.TemporaryFile() as spool:
+        yield cast(BinaryIO, spool)
+        spool.seek(0)
+        with FileSystems.create(
+            path, mime_type="application/octet-stream",
+            compression_type=CompressionTypes.UNCOMPRESSED,
+        ) as target:
+            while chunk := spool.read(8 << 20):
+                target.write(chunk)
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Writes a whole small file, see `write_whole`."""
+    with write_whole(path) as file:
+        file.write(data)
+
+
+def exists(path: str) -> bool:
+    """Tells whether a file (not a folder, on object stores) is there."""
+    return Path(path).exists() if is_local(path) else bool(FileSystems.exists(path))
