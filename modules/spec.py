@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from hubbeam.modules.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 FEATURES = "image_feature_vector"
 CLASSES = "image_classification"
