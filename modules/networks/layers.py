@@ -92,6 +92,7 @@ class Layers:
         self.updates: list[Any] = []
         self._variables = variables
         self._scope = ""
+        self._operations = ""
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -99,10 +100,21 @@ class Layers:
         outer = self._scope
         self._scope = f"{outer}{name}/"
         try:
-            with tf.name_scope(self._scope):  # the final slash makes it absolute, as it stands
+            with self.operation_scope(name):
                 yield
         finally:
             self._scope = outer
+
+    @contextmanager
+    def operation_scope(self, name: str) -> Iterator[None]:
+        """Prefixes the names of operations alone, where TF-Slim has them in a deeper scope."""
+        outer = self._operations
+        self._operations = f"{outer}{name}/"
+        try:
+            with tf.name_scope(self._operations):  # the final slash makes it absolute
+                yield
+        finally:
+            self._operations = outer
 
     def variable(self, name: str, shape: tuple[int, ...], **kwargs: Any) -> Variable:
         """Gets the variable `name` of the present scope; `kwargs` as in `VariableSpec`."""
@@ -191,6 +203,7 @@ class Layers:
                 norm=norm,
                 bias=False,
                 activation=activation,
+                depthwise=True,
             )
 
     def separable_conv2d(
@@ -255,6 +268,7 @@ class Layers:
         norm: str | None,
         bias: bool,
         activation: Activation | None,
+        depthwise: bool = False,
     ) -> Tensor:
         """Convolves, normalises, activates: the one place that a quantised form overrides.
 
@@ -265,6 +279,7 @@ class Layers:
           norm: name of the batch norm, None for none.
           bias: whether biases are added.
           activation: applied last.
+          depthwise: whether each channel is convolved by itself.
 
         Returns:
           float32 [n, h', w', filters].
