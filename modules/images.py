@@ -1,0 +1,379 @@
+"""From the bytes of an image file to the input of a module.
+
+`decode` is the whole interface. It keeps no state and may be called from many threads; reading
+JPEG files, resizing and the larger part of the rest run outside the GIL.
+
+JPEG is read with simplejpeg, whose pixels are those of Pillow bit by bit (both are libjpeg-turbo
+with the accurate DCT and smooth chroma upsampling; the tests compare them), but which is faster
+and tells of missing data that Pillow fills with grey in silence. Everything else is Pillow's.
+
+Colour profiles (ICC) are ignored, as TensorFlow's decoders and so the modules' training did.
+"""
+
+import io
+import logging
+import struct
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from hubbeam.modules.colour import NoRuleError, to_rgb
+from hubbeam.modules.errors import ImageError
+from hubbeam.modules.presets import Preset
+from hubbeam.modules.resize import resize_bilinear
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+# Pillow's readers warn of odd metadata (EXIF, animation data) that nobody here looks at, and log
+# what they raise as well. The rest of Pillow keeps its voice.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.\w+ImagePlugin")
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
+
+# The readers are called by class, not by `Image.open`: what a host program registered, or how it
+# set `Image.MAX_IMAGE_PIXELS`, does not matter then, and nothing else of Pillow can be reached.
+_READERS: dict[str, type[ImageFile.ImageFile]] = {
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "PNG": PngImagePlugin.PngImageFile,
+    "WEBP": WebPImagePlugin.WebPImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+    "PNM": PpmImagePlugin.PpmImageFile,
+}
+
+_ORIENTATION_TAG = 0x0112
+
+# A progressive JPEG of a few MB can ask for a million passes over the whole picture. Real ones
+# have about ten.
+_MAX_SCANS = 500
+
+
+class Limits(NamedTuple):
+    """What a file may ask for, checked before any pixel is decoded.
+
+    Attributes:
+      max_bytes: size of the file in bytes.
+      max_pixels: width times height as the file's header says.
+    """
+
+    max_bytes: int = 100 * 2**20
+    max_pixels: int = 100_000_000
+
+
+_DEFAULT = Limits()
+
+
+class Picture(NamedTuple):
+    """What was decoded.
+
+    Attributes:
+      format: ``JPEG``, ``PNG``, ``WEBP``, ``GIF``, ``BMP``, ``TIFF`` or ``PNM``.
+      width: of the whole picture in pixels, as the preset sees it (after its rotation).
+      height: likewise.
+    """
+
+    format: str
+    width: int
+    height: int
+
+
+def sniff(data: bytes) -> str | None:
+    """Names the image format by content: a key of the allowed formats, or None."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "GIF"
+    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return "TIFF"
+    # Two letters are little proof: the sizes of BMP's headers, or PNM's white space, come with.
+    if data.startswith(b"BM") and data[14:18] in _BMP_HEADERS:
+        return "BMP"
+    if data[:1] == b"P" and data[1:2] in b"123456" and data[2:3] in b" \t\r\n\v\f#" and data[2:3]:
+        return "PNM"
+    return None
+
+
+_BMP_HEADERS = {struct.pack("<I", size) for size in (12, 40, 52, 56, 64, 108, 124)}
+
+
+def decode(
+    data: bytes, preset: Preset, outs: Sequence[npt.NDArray[Any]], limits: Limits = _DEFAULT
+) -> Picture:
+    """Decodes an image file (the first picture in it) into the inputs of modules.
+
+    Args:
+      data: the file's bytes.
+      preset: how the picture becomes the module's input.
+      outs: one array [h, w, 3] of dtype `preset.dtype` for each size that is wanted; each is
+        written whole. What they hold after an error is undefined.
+      limits: what the file may ask for.
+
+    Returns:
+      What was found in the file.
+
+    Raises:
+      ImageError: for whatever is wrong with the file, with one of the reasons empty, too_large,
+        too_many_pixels, unsupported_format, truncated or corrupt.
+      ValueError: an array of `outs` has another shape or dtype.
+    """
+    for out in outs:
+        if out.ndim != 3 or out.shape[2] != 3 or out.dtype != preset.dtype:
+            raise ValueError(f"want [h, w, 3] {preset.dtype}, not {out.shape} {out.dtype}")
+    if not data:
+        raise ImageError("empty", "the file has no bytes")
+    if len(data) > limits.max_bytes:
+        raise ImageError("too_large", f"{len(data)} bytes, more than {limits.max_bytes}")
+    kind = sniff(data)
+    if kind is None:
+        raise ImageError("unsupported_format", f"starts with {data[:8]!r}")
+    if kind == "JPEG":
+        return _decode_jpeg(data, preset, outs, limits)
+    return _decode_other(data, kind, preset, outs, limits)
+
+
+def _decode_jpeg(
+    data: bytes, preset: Preset, outs: Sequence[npt.NDArray[Any]], limits: Limits
+) -> Picture:
+    file = _open(data, "JPEG", limits)
+    if data.count(b"\xff\xda") > _MAX_SCANS:
+        raise ImageError("corrupt", f"more than {_MAX_SCANS} scans")
+    width, height = file.size
+    orientation = _orientation(file) if preset.exif_orientation else 1
+    box = _central_box(width, height, preset.central_fraction)
+
+    # One decode for each scale that is needed: mostly one for all outputs.
+    by_scale: dict[int, list[npt.NDArray[Any]]] = {}
+    for out in outs:
+        scale = 1
+        if preset.jpeg_scaling is not None:
+            target = _stored(out, orientation).shape[:2]
+            scale = preset.jpeg_scaling.denominator(
+                (box[3] - box[1], box[2] - box[0]), (target[0], target[1])
+            )
+        by_scale.setdefault(scale, []).append(out)
+    for scale, group in by_scale.items():
+        pixels = _jpeg_pixels(data, file, scale)
+        for out in group:
+            _resize(pixels, box, scale, preset, _stored(out, orientation))
+    return _picture("JPEG", width, height, orientation)
+
+
+def _jpeg_pixels(data: bytes, file: ImageFile.ImageFile, scale: int) -> npt.NDArray[np.uint8]:
+    """Decodes to uint8 [ceil(height / scale), ceil(width / scale), 4], RGB and padding."""
+    width, height = (-(-side // scale) for side in file.size)
+    space = "CMYK" if file.mode == "CMYK" else "RGBX"
+
+    def read(data: bytes, strict: bool) -> npt.NDArray[np.uint8]:
+        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(
+            data, space, min_height=height, min_width=width, strict=strict
+        )
+        return pixels
+
+    try:
+        try:
+            pixels = read(data, strict=True)
+        except ValueError as error:
+            # Strict means that libjpeg's warnings are errors. Some writers leave out the end
+            # marker: with it put there, a whole picture gives no warning any more. (Of a
+            # progressive file nobody knows then whether further scans are missing.)
+            text = str(error).lower()
+            if "premature end of jpeg file" in text and not file.info.get("progressive"):
+                pixels = read(data + b"\xff\xd9", strict=True)
+            elif "premature end" in text:
+                raise
+            else:  # stray bytes and the like: as browsers, Pillow and TensorFlow do
+                pixels = read(data, strict=False)
+    except Exception as error:
+        raise _image_error(error, "JPEG") from error
+    if pixels.shape[:2] != (height, width):
+        raise ImageError("corrupt", "JPEG: the headers disagree about the size")
+    if space == "CMYK":
+        # Adobe's convention, which all CMYK files in the wild follow: 255 is no ink.
+        image = Image.frombuffer("CMYK", (width, height), pixels, "raw", "CMYK;I", 0, 1)
+        return np.asarray(image.convert("RGB"))
+    return pixels
+
+
+def _decode_other(
+    data: bytes, kind: str, preset: Preset, outs: Sequence[npt.NDArray[Any]], limits: Limits
+) -> Picture:
+    file = _open(data, kind, limits)
+    try:
+        file.load()
+        # Of TIFF, the orientation is a part, and Pillow's reader has applied it; asking again
+        # gives 1. That of PNG may stand behind the pixels.
+        orientation = _orientation(file) if preset.exif_orientation else 1
+        pixels = np.asarray(to_rgb(file))
+    except NoRuleError as error:
+        raise ImageError("unsupported_format", f"{kind}: {error}") from error
+    except Exception as error:
+        raise _image_error(error, kind, data, file) from error
+    height, width = pixels.shape[:2]
+    box = _central_box(width, height, preset.central_fraction)
+    for out in outs:
+        _resize(pixels, box, 1, preset, _stored(out, orientation))
+    return _picture(kind, width, height, orientation)
+
+
+def _open(data: bytes, kind: str, limits: Limits) -> ImageFile.ImageFile:
+    """Reads the headers and checks the limits."""
+    if kind == "WEBP":  # the reader makes room for the whole picture when it is opened
+        _check_size(*_webp_size(data), limits)
+    stream = io.BytesIO(data)
+    try:
+        file = _READERS[kind](stream)
+    except Exception as error:
+        if kind in ("JPEG", "TIFF") and _is_variant(error):
+            raise ImageError("unsupported_format", f"{kind}: {error}") from error
+        raise _image_error(error, kind, ended=stream.tell() >= len(data)) from error
+    _check_size(*file.size, limits)
+    if kind == "TIFF":
+        _check_tiff(file, data, limits)
+    return file
+
+
+def _is_variant(error: Exception) -> bool:
+    """Tells whether Pillow understood the file, but has no decoder for this kind of it."""
+    text = str(error)
+    return (
+        text.startswith("cannot handle ")  # JPEG of 12 bits
+        or text == "unknown pixel mode"
+        or text == "unknown data organization"
+        or isinstance(error, KeyError)  # TIFF's compression
+    )
+
+
+def _check_size(width: int, height: int, limits: Limits) -> None:
+    if width < 1 or height < 1:
+        raise ImageError("corrupt", f"{width} x {height} pixels")
+    if width * height > limits.max_pixels:
+        raise ImageError(
+            "too_many_pixels", f"{width} x {height} pixels, more than {limits.max_pixels}"
+        )
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Reads width and height from the first chunk (developers.google.com, WebP container)."""
+    chunk = data[12:16]
+    if len(data) < 30:
+        raise ImageError("truncated", "WEBP: the headers end early")
+    if chunk == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if chunk == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if chunk == b"VP8 ":
+        bits = int.from_bytes(data[26:30], "little")
+        return bits & 0x3FFF, bits >> 16 & 0x3FFF
+    raise ImageError("corrupt", f"WEBP: unknown first chunk {chunk!r}")
+
+
+def _check_tiff(file: ImageFile.ImageFile, data: bytes, limits: Limits) -> None:
+    """Refuses TIFF files whose tiles are larger than a picture may be, or lie outside the file."""
+    assert isinstance(file, TiffImagePlugin.TiffImageFile)
+    tags = file.tag_v2
+    try:
+        if 322 in tags and 323 in tags:  # TileWidth, TileLength
+            _check_size(int(tags[322]), int(tags[323]), limits)
+        for offsets, counts in ((273, 279), (324, 325)):  # of strips, of tiles
+            pairs = zip(tags.get(offsets, ()), tags.get(counts, ()), strict=False)
+            if any(offset + count > len(data) for offset, count in pairs):
+                raise ImageError("truncated", "TIFF: pixels lie beyond the end of the file")
+    except (TypeError, ValueError) as error:
+        raise ImageError("corrupt", f"TIFF: {error}") from error
+
+
+def _orientation(file: ImageFile.ImageFile) -> int:
+    """Gives the EXIF orientation, 1 to 8; 1 where it is missing or broken."""
+    try:
+        value = file.getexif().get(_ORIENTATION_TAG)
+    except Exception:  # broken metadata do not make a picture unreadable
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _stored(out: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:
+    """Gives the view of `out` in which a picture lies as it is stored in its file.
+
+    EXIF 2.32, tag 274: which visual sides the 0th row and the 0th column are.
+    """
+    if orientation >= 5:
+        out = out.transpose(1, 0, 2)
+    rows = -1 if orientation in (3, 4, 6, 7) else 1
+    columns = -1 if orientation in (2, 3, 7, 8) else 1
+    return out[::rows, ::columns]
+
+
+def _picture(kind: str, width: int, height: int, orientation: int) -> Picture:
+    return Picture(kind, height, width) if orientation >= 5 else Picture(kind, width, height)
+
+
+def _central_box(width: int, height: int, fraction: float) -> tuple[int, int, int, int]:
+    """Gives left, top, right, bottom with the arithmetic of `tf.image.central_crop`."""
+    left = int((width - width * fraction) / 2)
+    top = int((height - height * fraction) / 2)
+    return left, top, width - left, height - top
+
+
+def _resize(
+    pixels: npt.NDArray[np.uint8],
+    box: tuple[int, int, int, int],
+    scale: int,
+    preset: Preset,
+    out: npt.NDArray[Any],
+) -> None:
+    """Resizes the `box` (in unscaled coordinates) of pixels decoded at 1 / `scale` into `out`."""
+    if preset.resize != "antialiased_bilinear":
+        left, top, right, bottom = box
+        crop = pixels[top:bottom, left:right]
+        resize_bilinear(crop, out, half_pixel=preset.resize == "bilinear")
+        return
+    height, width, channels = pixels.shape
+    mode = "RGBX" if channels == 4 else "RGB"
+    image = Image.frombuffer(mode, (width, height), pixels, "raw", mode, 0, 1)
+    # A side that is no multiple of `scale` fills its last pixel only in part.
+    small = image.resize(
+        (out.shape[1], out.shape[0]),
+        Image.Resampling.BILINEAR,
+        box=(box[0] / scale, box[1] / scale, box[2] / scale, box[3] / scale),
+    )
+    out[...] = np.asarray(small)[:, :, :3]
+
+
+def _image_error(
+    error: Exception,
+    kind: str,
+    data: bytes = b"",
+    file: ImageFile.ImageFile | None = None,
+    ended: bool = False,
+) -> ImageError:
+    """Finds the reason for a reader's failure."""
+    if isinstance(error, ImageError):
+        return error
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError):
+        return ImageError("corrupt", f"{kind}: the reader asked for too much memory")
+    if isinstance(error, Image.DecompressionBombError):
+        return ImageError("too_many_pixels", f"{kind}: {error}")
+    early = isinstance(error, EOFError) or (
+        ended and isinstance(error, (struct.error, IndexError, OSError))
+    )
+    if early or "truncated" in text.lower() or "premature end" in text.lower():
+        return ImageError("truncated", f"{kind}: {text}")
+    return ImageError("corrupt", f"{kind}: {text}")
