@@ -1,6 +1,8 @@
 """Files on any Beam filesystem: read whole, write whole or not at all."""
 
 import os
+import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +26,7 @@ def open_read(path: str) -> BinaryIO:
     """Opens a file for reading bytes as they are stored (``.gz`` is not unpacked)."""
     if is_local(path):
         return Path(path).open("rb")
-    return cast(
-        BinaryIO, FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED)
-    )
+    return cast(BinaryIO, FileSystems.open(path, compression_type=CompressionTypes.UNCOMPRESSED))
 
 
 def read_bytes(path: str) -> bytes:
@@ -62,23 +62,22 @@ def write_whole(path: str) -> Iterator[BinaryIO]:
         finally:
             temporary.unlink(missing_ok=True)
         return
-    yield from _put_whole(path)
-
-
-def _put_whole(path: str) -> Iterator[BinaryIO]:
     # Beam's writers finish the upload in close(), even while an exception is on its way: what is
     # written is therefore collected first, and put in one go only when it is complete.
-    import tempfile
-
     with tempfile.TemporaryFile() as spool:
         yield cast(BinaryIO, spool)
         spool.seek(0)
-        with FileSystems.create(
-            path, mime_type="application/octet-stream",
-            compression_type=CompressionTypes.UNCOMPRESSED,
-        ) as target:
-            while chunk := spool.read(8 << 20):
-                target.write(chunk)
+        _put(path, cast(BinaryIO, spool))
+
+
+def _put(path: str, source: BinaryIO) -> None:
+    with FileSystems.create(
+        path,
+        mime_type="application/octet-stream",
+        compression_type=CompressionTypes.UNCOMPRESSED,
+    ) as target:
+        while chunk := source.read(8 << 20):
+            target.write(chunk)
 
 
 def write_bytes(path: str, data: bytes) -> None:
@@ -90,3 +89,26 @@ def write_bytes(path: str, data: bytes) -> None:
 def exists(path: str) -> bool:
     """Tells whether a file (not a folder, on object stores) is there."""
     return Path(path).exists() if is_local(path) else bool(FileSystems.exists(path))
+
+
+def list_names(folder: str) -> list[str]:
+    """Lists the names of the files that lie directly in a folder; none if it is not there."""
+    if is_local(folder):
+        try:
+            with os.scandir(folder) as entries:
+                return sorted(entry.name for entry in entries if entry.is_file())
+        except FileNotFoundError:
+            return []
+    base = folder.rstrip("/") + "/"
+    # Beam has no way to quote: a wildcard in a class of its own stands for itself.
+    quoted = re.sub(r"[*?\[]", lambda found: f"[{found.group()}]", base)
+    found = FileSystems.match([quoted + "*"])[0].metadata_list
+    return sorted(name for entry in found if (name := entry.path[len(base) :]))
+
+
+def delete(path: str) -> None:
+    """Deletes one file; nothing happens if it is not there."""
+    if is_local(path):
+        Path(path).unlink(missing_ok=True)
+    elif exists(path):
+        FileSystems.delete([re.sub(r"[*?\[]", lambda found: f"[{found.group()}]", path)])
