@@ -1,0 +1,141 @@
+"""The networks by the names that module descriptions use."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+from hubbeam.modules.errors import ConfigError
+from hubbeam.modules.networks.inception_v2 import inception_v2
+from hubbeam.modules.networks.layers import Layers, Outputs, Tensor, Variable, VariableSpec
+from hubbeam.modules.networks.mobilenet_v1 import mobilenet_v1
+from hubbeam.modules.networks.mobilenet_v2 import mobilenet_v2
+from hubbeam.modules.networks.nasnet import nasnet_mobile
+from hubbeam.modules.networks.quantize import QuantizedLayers
+
+BUILDERS: dict[str, Callable[..., Outputs]] = {
+    "inception_v2": inception_v2,
+    "mobilenet_v1": mobilenet_v1,
+    "mobilenet_v2": mobilenet_v2,
+    "nasnet_mobile": nasnet_mobile,
+}
+
+
+class Built(NamedTuple):
+    """A network in a graph.
+
+    Attributes:
+      features: float32 [n, width].
+      logits: float32 [n, classes], or None without a classifier.
+      end_points: inner tensors under TF-Slim's names.
+      updates: operations that move the batch-norm statistics, of the training graph.
+    """
+
+    features: Tensor
+    logits: Tensor | None
+    end_points: dict[str, Tensor]
+    updates: list[Any]
+
+
+class Network:
+    """One network with its arguments: builds itself into any graph, and lists its variables."""
+
+    def __init__(
+        self,
+        builder: str,
+        args: Mapping[str, Any] | None = None,
+        *,
+        image_size: int,
+        num_classes: int | None = None,
+        quantops: bool = False,
+    ):
+        """Looks the builder up.
+
+        Args:
+          builder: a key of `BUILDERS`.
+          args: its further arguments (``depth_multiplier`` …).
+          image_size: height and width of the input in pixels.
+          num_classes: width of the logits, None for no classifier.
+          quantops: with folded batch norm and fake quantisation; has no training graph.
+
+        Raises:
+          ConfigError: no such builder, or it does not take the arguments.
+        """
+        if builder not in BUILDERS:
+            raise ConfigError(f"no network is named {builder!r}; there are {', '.join(BUILDERS)}")
+        self.builder = builder
+        self.args = dict(args or {})
+        self.image_size = image_size
+        self.num_classes = num_classes
+        self.quantops = quantops
+        takes = set(inspect.signature(BUILDERS[builder]).parameters) - {
+            "layers", "images", "num_classes",
+        }  # fmt: skip
+        if unknown := sorted(set(self.args) - takes):
+            raise ConfigError(
+                f"network {builder} takes no argument {', '.join(unknown)}; "
+                f"it takes {', '.join(sorted(takes)) or 'none'}"
+            )
+
+    def with_classes(self, num_classes: int | None) -> "Network":
+        """Returns the same network with another classifier, or with none."""
+        return Network(
+            self.builder, self.args,
+            image_size=self.image_size, num_classes=num_classes, quantops=self.quantops,
+        )  # fmt: skip
+
+    def build(
+        self,
+        images: Tensor,
+        variables: Callable[[VariableSpec], Variable],
+        *,
+        training: bool = False,
+    ) -> Built:
+        """Builds the network in the current graph.
+
+        Args:
+          images: float32 [n, image_size, image_size, 3] in [0, 1].
+          variables: gives the variable of a spec.
+          training: whether the training graph is built.
+
+        Raises:
+          ConfigError: the training graph of a quantops network was asked for.
+        """
+        layers = (QuantizedLayers if self.quantops else Layers)(variables, training=training)
+        outputs = BUILDERS[self.builder](layers, images, num_classes=self.num_classes, **self.args)
+        return Built(outputs.features, outputs.logits, layers.end_points, layers.updates)
+
+    def input_spec(self) -> tf.TensorSpec:
+        """Returns the type and shape of the images."""
+        return tf.TensorSpec([None, self.image_size, self.image_size, 3], tf.float32, "images")
+
+    def declare(self, *, training: bool = False) -> tuple[dict[str, VariableSpec], tf.Graph]:
+        """Builds the network in a new graph, to see what it needs.
+
+        Returns:
+          Its variables by name, in the order of use, and the graph.
+        """
+        specs: dict[str, VariableSpec] = {}
+
+        def declared(spec: VariableSpec) -> Variable:
+            specs[spec.name] = spec
+            return graph_variable(spec)
+
+        with tf.Graph().as_default() as graph:
+            images = tf.compat.v1.placeholder(tf.float32, self.input_spec().shape, "images")
+            self.build(images, declared, training=training)
+        return specs, graph
+
+
+def graph_variable(spec: VariableSpec) -> Variable:
+    """Makes the variable of a spec in the current TF1 graph, in the collections TF-Slim uses."""
+    keys = tf.compat.v1.GraphKeys
+    return tf.compat.v1.get_variable(
+        spec.name,
+        spec.shape,
+        tf.float32,
+        initializer=tf.compat.v1.constant_initializer(spec.fill),
+        trainable=spec.trainable,
+        collections=[keys.GLOBAL_VARIABLES, keys.MODEL_VARIABLES],
+        use_resource=True,
+    )
