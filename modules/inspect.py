@@ -61,7 +61,7 @@ def inspect_module(folder: str | Path) -> ModuleInfo:
     }
     notes = _notes(folder)
     variables = _variables(graph)
-    trainable = sum(math.prod(shape) for shape, trained in variables if trained and shape)
+    trainable = sum(math.prod(shape) for shape, trained in variables if trained)
     can_train = any("train" in tags for tags in tag_sets) if hub1 else trainable > 0
     return ModuleInfo(
         format="hub1" if hub1 else "tf2",
