@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +48,7 @@ def write_whole(path: str) -> Iterator[BinaryIO]:
       path: the final name; its local parent folders are made.
 
     Yields:
-      A binary file to write to.
+      A binary file to write to; its ``name`` is a local path, for writers that want one.
     """
     if is_local(path):
         final = Path(path)
@@ -64,8 +65,9 @@ def write_whole(path: str) -> Iterator[BinaryIO]:
         return
     # Beam's writers finish the upload in close(), even while an exception is on its way: what is
     # written is therefore collected first, and put in one go only when it is complete.
-    with tempfile.TemporaryFile() as spool:
+    with tempfile.NamedTemporaryFile() as spool:
         yield cast(BinaryIO, spool)
+        spool.flush()
         spool.seek(0)
         _put(path, cast(BinaryIO, spool))
 
@@ -100,10 +102,24 @@ def list_names(folder: str) -> list[str]:
         except FileNotFoundError:
             return []
     base = folder.rstrip("/") + "/"
-    # Beam has no way to quote: a wildcard in a class of its own stands for itself.
-    quoted = re.sub(r"[*?\[]", lambda found: f"[{found.group()}]", base)
-    found = FileSystems.match([quoted + "*"])[0].metadata_list
+    found = FileSystems.match([_quoted(base) + "*"])[0].metadata_list
     return sorted(name for entry in found if (name := entry.path[len(base) :]))
+
+
+def list_below(folder: str) -> list[str]:
+    """Lists all files below a folder, as paths relative to it; none if it is not there."""
+    if is_local(folder):
+        return sorted(
+            str(file.relative_to(folder)) for file in Path(folder).rglob("*") if file.is_file()
+        )
+    base = folder.rstrip("/") + "/"
+    found = FileSystems.match([_quoted(base) + "**"])[0].metadata_list
+    return sorted(name for entry in found if (name := entry.path[len(base) :]))
+
+
+def _quoted(path: str) -> str:
+    # Beam has no way to quote: a wildcard in a class of its own stands for itself.
+    return re.sub(r"[*?\[]", lambda found: f"[{found.group()}]", path)
 
 
 def delete(path: str) -> None:
@@ -111,4 +127,22 @@ def delete(path: str) -> None:
     if is_local(path):
         Path(path).unlink(missing_ok=True)
     elif exists(path):
-        FileSystems.delete([re.sub(r"[*?\[]", lambda found: f"[{found.group()}]", path)])
+        FileSystems.delete([_quoted(path)])
+
+
+def delete_folder(folder: str) -> None:
+    """Deletes a folder with all that is below it; nothing happens if it is not there."""
+    if is_local(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    elif names := list_below(folder):
+        FileSystems.delete([_quoted(join(folder, name)) for name in names])
+
+
+def move(source: str, target: str) -> None:
+    """Moves one file over another of the same filesystem: by rename, or by copy and delete."""
+    if is_local(target):
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        Path(source).replace(target)
+        return
+    FileSystems.copy([source], [target])
+    delete(source)

@@ -32,6 +32,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 from apache_beam.io.filesystems import FileSystems
+
 from hubbeam.modules.errors import ConfigError
 from hubbeam.transforms import files
 

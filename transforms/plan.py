@@ -1,20 +1,22 @@
 """Divides a listing into shards: sorted by uri, duplicates dropped, one Parquet file a shard."""
 
+import hashlib
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict
+
 from hubbeam.modules.errors import ConfigError, RunError
 from hubbeam.transforms import files
 from hubbeam.transforms.listing import LISTING
-from pydantic import BaseModel, ConfigDict
 
 IMAGES_PER_SHARD = 8192
 """Default size of a shard: small enough to spread and to repeat."""
@@ -39,6 +41,7 @@ class PlanSummary(BaseModel):
       size_bytes: sum of the sizes that are known.
       shards: number of shards.
       list_rejects: number of rows that are rejects of the listing, by reason.
+      sha256: hash over the files of the shards: the same rows, the same hash.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,6 +51,7 @@ class PlanSummary(BaseModel):
     size_bytes: int
     shards: int
     list_rejects: dict[str, int]
+    sha256: str
 
 
 def shard_name(shard: int, shards: int) -> str:
@@ -132,15 +136,16 @@ def write_plan(
         number = count_shards(
             rows, images_per_shard=images_per_shard, shards=shards, workers=workers
         )
-        summary = PlanSummary(
-            images=rows,
-            duplicates=counts.pop("duplicates", 0),
-            size_bytes=counts.pop("size_bytes", 0),
-            shards=number,
-            list_rejects=dict(sorted(counts.items())),
-        )
         _remove_plan(plan_dir)
-        _write_shards(spool, plan_dir, rows, number)
+        sha256 = _write_shards(spool, plan_dir, rows, number)
+    summary = PlanSummary(
+        images=rows,
+        duplicates=counts.pop("duplicates", 0),
+        size_bytes=counts.pop("size_bytes", 0),
+        shards=number,
+        list_rejects=dict(sorted(counts.items())),
+        sha256=sha256,
+    )
     files.write_bytes(files.join(plan_dir, _SUMMARY), summary.model_dump_json().encode())
     return summary
 
@@ -244,23 +249,27 @@ def _remove_plan(plan_dir: str) -> None:
             files.delete(files.join(plan_dir, name))
 
 
-def _write_shards(spool: Path, plan_dir: str, rows: int, shards: int) -> None:
-    waiting: set[Future[None]] = set()
+def _write_shards(spool: Path, plan_dir: str, rows: int, shards: int) -> str:
+    """Writes all shards, some at a time; returns a hash over their files."""
+    digest = hashlib.sha256()
+    waiting: deque[Future[bytes]] = deque()
     with ThreadPoolExecutor(8, thread_name_prefix="plan") as pool:
         for shard, table in enumerate(_cut(spool, rows, shards)):
             path = files.join(plan_dir, shard_name(shard, shards))
-            waiting.add(pool.submit(_write_shard, path, table))
+            waiting.append(pool.submit(_write_shard, path, table))
             if len(waiting) >= 16:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
+                digest.update(waiting.popleft().result())
         for future in waiting:
-            future.result()
+            digest.update(future.result())
+    return digest.hexdigest()
 
 
-def _write_shard(path: str, table: pa.Table) -> None:
-    with files.write_whole(path) as file:
-        pq.write_table(table, cast(Any, file), compression="zstd")
+def _write_shard(path: str, table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    data = sink.getvalue().to_pybytes()
+    files.write_bytes(path, data)
+    return hashlib.sha256(data).digest()
 
 
 def _cut(spool: Path, rows: int, shards: int) -> Iterator[pa.Table]:

@@ -1,0 +1,117 @@
+"""Which Beam runner a job goes to, and with which options."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+
+from hubbeam.modules.errors import ConfigError
+from hubbeam.pipelines.options import ExtractOptions
+
+LOCAL = ("local", "directrunner", "direct", "fnapirunner", "inmemoryrunner")
+"""Names of the pinned local runner: `DirectRunner` would first try to download another one."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A runner and its options.
+
+    Attributes:
+      name: as the user gave it.
+      args: Beam's command line.
+      is_local: whether shards are computed on this machine.
+      processes: worker processes on each machine; 0 means one for each core.
+      workers: shards that may be computed at once, as far as is known.
+    """
+
+    name: str
+    args: tuple[str, ...]
+    is_local: bool
+    processes: int
+    workers: int
+
+    @classmethod
+    def from_options(cls, options: ExtractOptions, beam_args: list[str]) -> "Runner":
+        """Reads the settings and the options that go to Beam untouched.
+
+        Raises:
+          ConfigError: Beam does not know an option, or refuses its value.
+        """
+        args = [*options.beam, *beam_args]
+        given = [arg for arg in args if arg == "--runner" or arg.startswith("--runner=")]
+        if given and options.runner != "local":
+            raise ConfigError("--runner is given twice: as a flag and after `--`")
+        name = _value(args, "--runner") or options.runner
+        args = _without(args, "--runner")
+        is_local = name.lower() in LOCAL
+        for flag, value in (
+            ("--project", options.project),
+            ("--region", options.region),
+            ("--temp_location", options.temp_location),
+        ):
+            if value is not None:
+                args.append(f"{flag}={value}")
+        if options.workers is not None:
+            args += (
+                [
+                    "--direct_running_mode=multi_processing",
+                    f"--direct_num_workers={options.workers}",
+                ]
+                if is_local
+                else [f"--max_num_workers={options.workers}"]
+            )
+        parsed = _parse(args)
+        if is_local:
+            count = parsed.get("direct_num_workers") or 1
+            parallel = parsed.get("direct_running_mode") == "multi_processing"
+            return cls(name, tuple(args), True, count if parallel else 1, count)
+        experiments = parsed.get("experiments") or []
+        one_process = "no_use_multiple_sdk_containers" in experiments
+        workers = parsed.get("max_num_workers") or parsed.get("num_workers") or 8
+        return cls(name, tuple(args), False, 1 if one_process else 0, workers)
+
+    def run(self, build: Callable[[beam.Pipeline], None]) -> None:
+        """Builds a pipeline, runs it and waits for its end.
+
+        Args:
+          build: puts the transforms into the pipeline.
+        """
+        options = PipelineOptions(list(self.args))
+        pipeline = beam.Pipeline(
+            runner=FnApiRunner() if self.is_local else self.name, options=options
+        )
+        build(pipeline)
+        pipeline.run().wait_until_finish()
+
+
+def _parse(args: list[str]) -> dict[str, object]:
+    try:
+        options = PipelineOptions(args)
+        known = options.get_all_options(drop_default=False, add_extra_args_fn=None)
+    except SystemExit as error:
+        raise ConfigError(f"Beam does not understand its options: {' '.join(args)}") from error
+    return dict(known)
+
+
+def _value(args: list[str], flag: str) -> str | None:
+    for position, arg in enumerate(args):
+        if arg.startswith(f"{flag}="):
+            return arg.partition("=")[2]
+        if arg == flag and position + 1 < len(args):
+            return args[position + 1]
+    return None
+
+
+def _without(args: list[str], flag: str) -> list[str]:
+    kept: list[str] = []
+    skip = False
+    for arg in args:
+        if skip:
+            skip = False
+        elif arg == flag:
+            skip = True
+        elif not arg.startswith(f"{flag}="):
+            kept.append(arg)
+    return kept

@@ -1,0 +1,75 @@
+"""What the shards of one process share: threads, engines, and the bytes that may be in memory."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+
+from hubbeam.modules.engines import load_engine
+from hubbeam.modules.engines.base import Engine, EngineChoice
+from hubbeam.modules.spec import ResolvedModule
+from hubbeam.modules.store import Store
+from hubbeam.transforms.read import ByteBudget
+
+READ_THREADS = 32
+"""Reads that may wait for the storage at once."""
+
+READ_AHEAD_BYTES = 128 << 20
+"""Bytes of image files that may be in memory at once."""
+
+
+def cores() -> int:
+    """Counts the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_for(processes: int) -> int:
+    """Returns how many threads compute in each of `processes` on a machine (0: one a core)."""
+    return max(1, cores() // processes) if processes else 1
+
+
+class Process:
+    """Shared by all shards that a process works on, however many the runner gives it at once.
+
+    Attributes:
+      threads: threads that decode and run modules.
+      compute: their pool.
+      readers: pool of threads that wait for the storage.
+      budget: bytes of image files in memory.
+    """
+
+    def __init__(self, threads: int):
+        self.threads = threads
+        self.compute = ThreadPoolExecutor(threads, "hubbeam-compute")
+        self.readers = ThreadPoolExecutor(READ_THREADS, "hubbeam-read")
+        self.budget = ByteBudget(READ_AHEAD_BYTES)
+        self._engines: dict[str, Engine] = {}
+        self._loading = Lock()
+
+    def engine(self, module: ResolvedModule, choice: EngineChoice, store: str | None) -> Engine:
+        """Returns the engine of a module, loaded once in this process.
+
+        Raises:
+          ConfigError: the store's entry is missing or damaged.
+        """
+        key = f"{module.sha256} {module.signature} {module.output} {choice.model_dump_json()}"
+        with self._loading:
+            if key not in self._engines:
+                self._engines[key] = load_engine(Store(store), module, choice, threads=self.threads)
+            return self._engines[key]
+
+
+_processes: dict[int, Process] = {}
+_making = Lock()
+
+
+def this_process(processes: int = 1) -> Process:
+    """Returns what this process shares, made at the first call.
+
+    Args:
+      processes: worker processes on this machine, see `threads_for`.
+    """
+    threads = threads_for(processes)
+    with _making:
+        if threads not in _processes:
+            _processes[threads] = Process(threads)
+        return _processes[threads]

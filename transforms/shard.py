@@ -1,0 +1,301 @@
+"""One shard from its plan rows alone: read, decode, embed, write, each while the others do.
+
+A shard is computed by one call and writes its own files, so it may run twice, even at the same
+time, and a finished one is never computed again.
+"""
+
+import hashlib
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+from apache_beam.metrics import Metrics
+
+from hubbeam.modules.errors import ImageError, RunError
+from hubbeam.transforms.decode import decode_batch
+from hubbeam.transforms.embed import embed_batch
+from hubbeam.transforms.job import ExtractJob
+from hubbeam.transforms.plan import read_plan_shard
+from hubbeam.transforms.process import Process, this_process
+from hubbeam.transforms.progress import note_progress
+from hubbeam.transforms.read import ASSUMED_BYTES, read_batch
+from hubbeam.transforms.verify import verify_shard
+from hubbeam.transforms.write import (
+    PICTURE_FIELDS,
+    REJECTS,
+    open_shard,
+    vectors_batch,
+    write_rejects,
+)
+
+BATCHES_AHEAD = 4
+"""Batches for each computing thread that are read, computed or waiting to be written."""
+
+
+@dataclass
+class BatchResult:
+    """What came of one batch of a shard.
+
+    Attributes:
+      batches: vectors of each module, as `vectors_batch` makes them.
+      rejects: rows of `REJECTS`.
+      images: images of the batch.
+      size_bytes: bytes read.
+      milliseconds: time spent in each stage.
+    """
+
+    batches: list[pa.RecordBatch]
+    rejects: list[dict[str, Any]]
+    images: int
+    size_bytes: int = 0
+    milliseconds: dict[str, int] = field(default_factory=dict)
+
+
+def extract_shard(job: ExtractJob, shard: int, process: Process) -> Iterator[BatchResult]:
+    """Computes a shard and writes its files; they appear whole, the vectors last.
+
+    Args:
+      job: the run.
+      shard: index of the shard.
+      process: what this process shares.
+
+    Yields:
+      Each batch, after it was given to the writer.
+    """
+    plan = read_plan_shard(job.plan, shard, job.shards)
+    rejects = _list_rejects(plan)
+    with open_shard(job, shard) as writers:
+        for result in compute_batches(job, _without_list_rejects(plan), process):
+            for writer, batch in zip(writers, result.batches, strict=True):
+                writer.write(batch)
+            rejects += result.rejects
+            yield result
+        # Before the vectors appear, for those tell a later run that the shard is finished.
+        write_rejects(job, shard, pa.Table.from_pylist(rejects, REJECTS))
+
+
+def _list_rejects(plan: pa.Table) -> list[dict[str, Any]]:
+    listed = plan.filter(pa.compute.is_valid(plan["reason"])).select(["uri", "reason", "message"])
+    return [{**row, "stage": "list"} for row in listed.to_pylist()]
+
+
+def _without_list_rejects(plan: pa.Table) -> pa.Table:
+    return plan.filter(pa.compute.is_null(plan["reason"])).combine_chunks()
+
+
+def compute_batches(job: ExtractJob, plan: pa.Table, process: Process) -> Iterator[BatchResult]:
+    """Reads, decodes and embeds the images of a plan, in order, batches side by side.
+
+    Which images share a batch depends on the plan alone, not on the speed of anything.
+
+    Args:
+      job: the run.
+      plan: rows of the plan, without those that listing rejected.
+      process: gives threads, engines and the budget of bytes.
+
+    Yields:
+      One result a batch, in the plan's order.
+    """
+    if not plan.num_rows:
+        return
+    engines = [
+        process.engine(module, choice, job.store)
+        for module, choice in zip(job.modules, job.engines, strict=True)
+    ]
+    size = min(job.batch_size, max(engine.batch_size for engine in engines))
+    ahead: deque[Future[BatchResult]] = deque()
+    try:
+        for start in range(0, plan.num_rows, size):
+            if len(ahead) >= BATCHES_AHEAD * process.threads:
+                yield ahead.popleft().result()
+            ahead.append(_start_batch(job, plan.slice(start, size), process))
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        for future in ahead:
+            future.cancel()
+
+
+def _start_batch(job: ExtractJob, rows: pa.Table, process: Process) -> "Future[BatchResult]":
+    limits = job.planned.meaning.limits
+    uris = rows["uri"].to_pylist()
+    size_bytes = sum(
+        min(ASSUMED_BYTES if size is None else size, limits.max_bytes)
+        for size in rows["size_bytes"].to_pylist()
+    )
+    process.budget.acquire(size_bytes)
+    done: Future[BatchResult] = Future()
+
+    def fail(error: BaseException) -> None:
+        process.budget.release(size_bytes)
+        done.set_exception(error)
+
+    def read() -> None:
+        if not done.set_running_or_notify_cancel():
+            process.budget.release(size_bytes)
+            return
+        try:
+            started = time.monotonic()
+            contents = read_batch(uris, limits)
+            process.compute.submit(compute, contents, int(1000 * (time.monotonic() - started)))
+        except BaseException as error:
+            fail(error)
+
+    def compute(contents: list[bytes | ImageError], milliseconds: int) -> None:
+        try:
+            result = compute_batch(job, rows, contents, process)
+        except BaseException as error:
+            fail(error)
+            return
+        process.budget.release(size_bytes)
+        result.milliseconds["read"] = milliseconds
+        done.set_result(result)
+
+    process.readers.submit(read)
+    return done
+
+
+def compute_batch(
+    job: ExtractJob, rows: pa.Table, contents: list[bytes | ImageError], process: Process
+) -> BatchResult:
+    """Decodes a batch once and runs every module on it.
+
+    Args:
+      job: the run.
+      rows: rows of the plan.
+      contents: bytes of each row's file, or why it could not be read.
+      process: gives the engines.
+
+    Returns:
+      The vectors of each module and the rejects.
+    """
+    meaning = job.planned.meaning
+    clock = [time.monotonic()]
+    uris: list[str] = rows["uri"].to_pylist()
+    hashes = [
+        None if isinstance(data, ImageError) else hashlib.sha256(data).hexdigest()
+        for data in contents
+    ]
+    sizes = sorted({module.image_size for module in job.modules})
+    decoded = decode_batch(contents, meaning.preset, sizes, meaning.limits)
+    clock.append(time.monotonic())
+
+    rejects: list[dict[str, Any]] = []
+
+    def reject(position: int, stage: str, error: ImageError, module: str | None = None) -> None:
+        rejects.append(
+            {
+                "uri": uris[position],
+                "stage": stage,
+                "reason": error.reason,
+                "message": error.message,
+                "sha256": hashes[position],
+                "module": module,
+            }
+        )
+
+    for position, data in enumerate(contents):
+        if isinstance(data, ImageError):
+            reject(position, "read", data)
+        elif position in decoded.errors:
+            reject(position, "decode", decoded.errors[position])
+
+    kept = pa.array(decoded.positions)
+    pictures = pa.RecordBatch.from_arrays(
+        [
+            rows["uri"].take(kept).combine_chunks(),
+            pa.array([hashes[i] for i in decoded.positions], pa.string()),
+            pa.array([len(contents[i]) for i in decoded.positions], pa.int64()),  # type: ignore[arg-type]
+            rows["modified"].take(kept).combine_chunks(),
+            pa.array([picture.width for picture in decoded.pictures], pa.int32()),
+            pa.array([picture.height for picture in decoded.pictures], pa.int32()),
+            pa.array([picture.format for picture in decoded.pictures], pa.string()),
+        ],
+        schema=pa.schema(PICTURE_FIELDS),
+    )
+    batches = []
+    for module, choice in zip(job.modules, job.engines, strict=True):
+        engine = process.engine(module, choice, job.store)
+        vectors, errors = embed_batch(engine, decoded.pixels[module.image_size], module.width)
+        for row, error in sorted(errors.items()):
+            reject(int(decoded.positions[row]), "embed", error, module.name)
+        good = [row for row in range(len(vectors)) if row not in errors]
+        if errors:
+            batches.append(vectors_batch(pictures.take(pa.array(good, pa.int64())), vectors[good]))
+        else:
+            batches.append(vectors_batch(pictures, vectors))
+    clock.append(time.monotonic())
+    return BatchResult(
+        batches,
+        rejects,
+        len(contents),
+        sum(len(data) for data in contents if not isinstance(data, ImageError)),
+        {
+            "decode": int(1000 * (clock[1] - clock[0])),
+            "embed": int(1000 * (clock[2] - clock[1])),
+        },
+    )
+
+
+@beam.typehints.with_input_types(int)
+@beam.typehints.with_output_types(tuple[int, bool])
+class _ExtractShardFn(beam.DoFn):
+    """Shard index -> (shard index, whether an earlier run had finished it)."""
+
+    def __init__(self, job: ExtractJob):
+        self._job = job
+
+    def setup(self) -> None:
+        self._process = this_process(self._job.processes)
+        self._counters: dict[str, Any] = {}
+
+    def _count(self, name: str, value: int) -> None:
+        if name not in self._counters:
+            self._counters[name] = Metrics.counter("hubbeam", name)
+        self._counters[name].inc(value)
+
+    def process(self, shard: int) -> Iterator[tuple[int, bool]]:
+        job = self._job
+        kept = self._is_finished(shard)
+        if not kept:
+            images = rejected = 0
+            for result in extract_shard(job, shard, self._process):
+                images += result.images
+                rejected += len({row["uri"] for row in result.rejects})
+                self._measure(result)
+                note_progress(job.progress, shard, images, rejected)
+        self._count("shards_kept" if kept else "shards_written", 1)
+        yield shard, kept
+
+    def _is_finished(self, shard: int) -> bool:
+        try:
+            report = verify_shard(self._job, shard)
+        except RunError:
+            return False
+        note_progress(self._job.progress, shard, report.images, report.rejected_images)
+        return True
+
+    def _measure(self, result: BatchResult) -> None:
+        self._count("bytes_read", result.size_bytes)
+        for module, batch in zip(self._job.modules, result.batches, strict=True):
+            self._count(f"vectors_{module.name}", batch.num_rows)
+        for reason, count in Counter(row["reason"] for row in result.rejects).items():
+            self._count(f"rejects_{reason}", count)
+        for stage, milliseconds in result.milliseconds.items():
+            Metrics.distribution("hubbeam", f"{stage}_batch_msecs").update(milliseconds)
+
+
+class ExtractShards(beam.PTransform):
+    """Shard indices in; each shard's files written, and (index, kept) out."""
+
+    def __init__(self, job: ExtractJob):
+        super().__init__()
+        self._job = job
+
+    def expand(self, shards: beam.PCollection[int]) -> beam.PCollection[tuple[int, bool]]:
+        return shards | "ExtractShard" >> beam.ParDo(_ExtractShardFn(self._job))

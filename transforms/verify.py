@@ -1,0 +1,173 @@
+"""Conservation, proved: what is in the written files of a shard, beside its plan."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+
+import apache_beam as beam
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel, ConfigDict
+
+from hubbeam.modules.errors import RunError
+from hubbeam.transforms import files
+from hubbeam.transforms.job import ExtractJob
+from hubbeam.transforms.plan import read_plan_shard
+from hubbeam.transforms.write import REJECTS, local_copy, read_rejects, read_shard
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileReport(_Data):
+    """A written file: path below the output, rows, bytes, and the sha256 of its bytes."""
+
+    path: str
+    rows: int
+    size_bytes: int
+    sha256: str
+
+
+class ShardReport(_Data):
+    """What is in the written files of a shard.
+
+    Attributes:
+      shard: index of the shard.
+      images: images of its plan.
+      kept: whether an earlier run had finished it.
+      vectors: file of each module, by the module's name.
+      rejects: file of rejects, None where there are none.
+      rejects_by_reason: rejects of each module, by the module's name and then by reason.
+      rejected_images: images that gave no vector of at least one module.
+    """
+
+    shard: int
+    images: int
+    kept: bool = False
+    vectors: dict[str, FileReport]
+    rejects: FileReport | None
+    rejects_by_reason: dict[str, dict[str, int]]
+    rejected_images: int
+
+
+def verify_shard(job: ExtractJob, shard: int) -> ShardReport:
+    """Reads a shard's files whole and holds them against its plan.
+
+    Every planned image must be there exactly once for each module, as a vector or as a reject.
+
+    Args:
+      job: the run.
+      shard: index of the shard.
+
+    Returns:
+      Counts and checksums of the files.
+
+    Raises:
+      RunError: a file is missing, damaged, of another plan, or does not account for every image.
+    """
+    planned = _sorted(read_plan_shard(job.plan, shard, job.shards)["uri"])
+    rejects_path = _where(job, job.rejects_path("", shard))
+    rejects = _read_rejects(job, rejects_path)
+    vectors, reasons = {}, {}
+    for module in job.modules:
+        path = _where(job, job.vectors_path("", module.name, shard))
+        try:
+            report, uris, plan_id = _read_vectors(path, module.width)
+        except (ValueError, OSError) as error:
+            raise RunError(f"{path}: missing or damaged: {error}") from error
+        if plan_id not in (job.planned.plan_id, None):
+            raise RunError(f"{path}: belongs to another plan")
+        mine = rejects.filter(
+            pc.or_kleene(pc.is_null(rejects["module"]), pc.equal(rejects["module"], module.name))
+        )
+        present = _sorted(pa.chunked_array([*uris.chunks, *mine["uri"].chunks], pa.string()))
+        if not present.equals(planned):
+            raise RunError(
+                f"{path}: {len(uris)} vectors and {len(mine)} rejects do not account for the "
+                f"{len(planned)} planned images"
+            )
+        vectors[module.name] = report.model_copy(
+            update={"path": job.vectors_path("", module.name, shard)}
+        )
+        reasons[module.name] = dict(Counter(mine["reason"].to_pylist()))
+    return ShardReport(
+        shard=shard,
+        images=len(planned),
+        vectors=vectors,
+        rejects=(
+            _file_report(rejects_path, rejects.num_rows).model_copy(
+                update={"path": job.rejects_path("", shard)}
+            )
+            if rejects.num_rows
+            else None
+        ),
+        rejects_by_reason=reasons,
+        rejected_images=pc.count_distinct(rejects["uri"]).as_py(),
+    )
+
+
+def _where(job: ExtractJob, path: str) -> str:
+    """Finds a file where shards are written, else where its publication has moved it to."""
+    written = files.join(job.root, path)
+    moved = files.join(job.output, path)
+    return moved if moved != written and not files.exists(written) else written
+
+
+def _read_rejects(job: ExtractJob, path: str) -> pa.Table:
+    try:
+        table, metadata = read_rejects(path)
+    except FileNotFoundError:
+        return REJECTS.empty_table()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise RunError(f"{path}: cannot be read: {error}") from error
+    # What the output holds may still be of the run that this one replaces.
+    return table if metadata.get("plan") == job.planned.plan_id else REJECTS.empty_table()
+
+
+def _sorted(uris: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pa.chunked_array([uris.take(pc.sort_indices(uris)).combine_chunks()], pa.string())
+
+
+def _read_vectors(path: str, width: int) -> tuple[FileReport, pa.ChunkedArray, str | None]:
+    if not files.exists(path):
+        raise FileNotFoundError("no such file")
+    with local_copy(path) as copy:
+        # All columns, so that damage anywhere in the file is found.
+        table, metadata = read_shard(copy, ("uri", "vector"))
+        lengths = pc.list_value_length(table["vector"])
+        if len(lengths) and not pc.all(pc.equal(lengths, width)).as_py():
+            raise ValueError(f"not all vectors have {width} values")
+        report = _file_report(copy, table.num_rows)
+    return report, table["uri"], metadata.get("plan")
+
+
+def _file_report(path: str, rows: int) -> FileReport:
+    digest, size = hashlib.sha256(), 0
+    with files.open_read(path) as file:
+        while chunk := file.read(8 << 20):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileReport(path=path, rows=rows, size_bytes=size, sha256=digest.hexdigest())
+
+
+@beam.typehints.with_input_types(tuple[int, bool])
+@beam.typehints.with_output_types(ShardReport)
+class _VerifyShardFn(beam.DoFn):
+    def __init__(self, job: ExtractJob):
+        self._job = job
+
+    def process(self, element: tuple[int, bool]) -> Iterator[ShardReport]:
+        shard, kept = element
+        yield verify_shard(self._job, shard).model_copy(update={"kept": kept})
+
+
+class VerifyShards(beam.PTransform):
+    """(shard index, kept) in; counts and checksums of its files out, or the run fails."""
+
+    def __init__(self, job: ExtractJob):
+        super().__init__()
+        self._job = job
+
+    def expand(self, shards: beam.PCollection[tuple[int, bool]]) -> beam.PCollection[ShardReport]:
+        return shards | "VerifyShard" >> beam.ParDo(_VerifyShardFn(self._job))

@@ -1,0 +1,319 @@
+"""Shards of vectors and rejects: their schemas, how they are written, how they are read back.
+
+Parquet is Arrow all the way. TFRecord is written by TensorFlow itself.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from hubbeam.modules.spec import ResolvedModule
+from hubbeam.transforms import files
+from hubbeam.transforms.job import ExtractJob
+
+METADATA_KEY = "hubbeam"
+"""Key of the JSON in a Parquet file's metadata, and of the feature in a TFRecord's first record."""
+
+ROW_GROUP_BYTES = 16 << 20
+
+REJECTS = pa.schema(
+    [
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("message", pa.string(), nullable=False),
+        pa.field("sha256", pa.string()),
+        pa.field("module", pa.string()),
+    ]
+)
+"""Schema of the rejects; `module` is null where the image gave no vector of any module."""
+
+PICTURE_FIELDS = [
+    pa.field("uri", pa.string(), nullable=False),
+    pa.field("sha256", pa.string(), nullable=False),
+    pa.field("size_bytes", pa.int64(), nullable=False),
+    pa.field("modified", pa.timestamp("us", tz="UTC")),
+    pa.field("width", pa.int32(), nullable=False),
+    pa.field("height", pa.int32(), nullable=False),
+    pa.field("format", pa.string(), nullable=False),
+]
+"""Columns of a shard of vectors that do not depend on the module."""
+
+
+def vectors_schema(width: int) -> pa.Schema:
+    """Returns the schema of a shard of vectors with `width` float32 values each."""
+    return pa.schema([*PICTURE_FIELDS, pa.field("vector", _vector_type(width), nullable=False)])
+
+
+def _vector_type(width: int) -> pa.DataType:
+    return pa.list_(pa.field("element", pa.float32(), nullable=False), width)
+
+
+def vectors_batch(pictures: pa.RecordBatch, vectors: np.ndarray) -> pa.RecordBatch:
+    """Puts vectors beside the columns of their pictures, without copying the values.
+
+    Args:
+      pictures: the columns `PICTURE_FIELDS`, n rows.
+      vectors: float32 [n, width].
+
+    Returns:
+      A batch of `vectors_schema`.
+    """
+    width = vectors.shape[1]
+    values = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
+    column = pa.FixedSizeListArray.from_arrays(values, type=_vector_type(width))
+    return pa.RecordBatch.from_arrays([*pictures.columns, column], schema=vectors_schema(width))
+
+
+def shard_metadata(job: ExtractJob, position: int, shard: int) -> dict[str, Any]:
+    """Returns what a shard says of itself (see the README), the same however often it is written.
+
+    Args:
+      job: the run.
+      position: index of the module in ``job.modules``.
+      shard: index of the shard.
+    """
+    module, engine = job.modules[position], job.engines[position]
+    return {
+        "hubbeam": version("hubbeam"),
+        "plan": job.planned.plan_id,
+        "shard": shard,
+        "shards": job.shards,
+        "module": {
+            key: value for key, value in module.model_dump(mode="json").items() if key != "entry"
+        },
+        "preset": job.planned.meaning.preset.stamp(),
+        "engine": {"name": engine.engine, "version": engine.version},
+        "versions": {name: version(name) for name in ("apache-beam", "numpy", "pillow", "pyarrow")},
+    }
+
+
+class VectorsWriter(Protocol):
+    """Takes the batches of one shard, in order."""
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Appends a batch of `vectors_schema`."""
+
+    def close(self) -> None:
+        """Ends the file."""
+
+
+class _ParquetShard:
+    """Writes row groups of about `ROW_GROUP_BYTES`, however the batches are cut."""
+
+    def __init__(self, path: str, module: ResolvedModule, metadata: dict[str, Any]):
+        schema = vectors_schema(module.width).with_metadata({METADATA_KEY: json.dumps(metadata)})
+        self._rows = max(1, ROW_GROUP_BYTES // (4 * module.width + 256))
+        self._batches: list[pa.RecordBatch] = []
+        self._waiting = 0
+        self._schema = schema
+        self._writer = pq.ParquetWriter(
+            path,
+            schema,
+            compression={
+                **{field.name: "zstd" for field in PICTURE_FIELDS},
+                "vector.list.element": "none",
+            },
+            use_dictionary=["format"],
+            write_statistics=["uri"],
+            write_page_checksum=True,
+        )
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        self._batches.append(batch)
+        self._waiting += batch.num_rows
+        while self._waiting >= self._rows:
+            self._write_group(self._rows)
+
+    def _write_group(self, rows: int) -> None:
+        table = pa.Table.from_batches(self._batches, self._schema)
+        self._writer.write_table(table.slice(0, rows), row_group_size=rows)
+        rest = table.slice(rows)
+        self._batches, self._waiting = rest.to_batches(), rest.num_rows
+
+    def close(self) -> None:
+        if self._waiting:
+            self._write_group(self._waiting)
+        self._writer.close()
+
+
+class _TFRecordShard:
+    """Writes one ``tf.train.Example`` a row; the first of a file also holds its metadata."""
+
+    def __init__(self, path: str, metadata: dict[str, Any], compression: str):
+        import tensorflow as tf
+
+        self._tf = tf
+        self._metadata: str | None = json.dumps(metadata)
+        self._writer = tf.io.TFRecordWriter(path, options="GZIP" if compression == "gzip" else None)
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        train = self._tf.train
+        width = batch.schema.field("vector").type.list_size
+        vectors = batch.column("vector").flatten().to_numpy().reshape(-1, width)
+        modified = pc.fill_null(batch.column("modified").cast(pa.int64()), -1)
+        pictures = batch.drop_columns(["vector", "modified"]).to_pylist()
+        for picture, when, vector in zip(pictures, modified.to_pylist(), vectors, strict=True):
+            feature = {"modified": train.Feature(int64_list=train.Int64List(value=[when]))}
+            for name, value in picture.items():
+                feature[name] = (
+                    train.Feature(bytes_list=train.BytesList(value=[value.encode()]))
+                    if isinstance(value, str)
+                    else train.Feature(int64_list=train.Int64List(value=[value]))
+                )
+            feature["vector"] = train.Feature(float_list=train.FloatList(value=vector))
+            if self._metadata is not None:
+                feature[METADATA_KEY] = train.Feature(
+                    bytes_list=train.BytesList(value=[self._metadata.encode()])
+                )
+                self._metadata = None
+            example = train.Example(features=train.Features(feature=feature))
+            self._writer.write(example.SerializeToString(deterministic=True))
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+@contextmanager
+def open_shard(job: ExtractJob, shard: int) -> Iterator[list[VectorsWriter]]:
+    """Opens one writer a module; the files appear when all of them have been written whole.
+
+    Args:
+      job: the run.
+      shard: index of the shard.
+
+    Yields:
+      Writers in the order of ``job.modules``.
+    """
+    meaning = job.planned.meaning
+    with ExitStack() as stack:
+        writers: list[VectorsWriter] = []
+        for position, module in enumerate(job.modules):
+            path = job.vectors_path(job.root, module.name, shard)
+            name = stack.enter_context(files.write_whole(path)).name
+            metadata = shard_metadata(job, position, shard)
+            writers.append(
+                _ParquetShard(name, module, metadata)
+                if meaning.format == "parquet"
+                else _TFRecordShard(name, metadata, meaning.compression)
+            )
+        yield writers
+        for writer in writers:
+            writer.close()
+
+
+def write_rejects(job: ExtractJob, shard: int, rejects: pa.Table) -> None:
+    """Writes a shard's rejects, or removes those of an earlier try when there are none now."""
+    path = job.rejects_path(job.root, shard)
+    if rejects.num_rows == 0:
+        files.delete(path)
+        return
+    stamp = json.dumps({"hubbeam": version("hubbeam"), "plan": job.planned.plan_id})
+    with files.write_whole(path) as file:
+        pq.write_table(
+            rejects.replace_schema_metadata({METADATA_KEY: stamp}), file, compression="zstd"
+        )
+
+
+def read_rejects(path: str) -> tuple[pa.Table, dict[str, Any]]:
+    """Reads a file of rejects and its metadata.
+
+    Raises:
+      FileNotFoundError: there is none.
+      pa.ArrowInvalid: the file is damaged.
+    """
+    if not files.exists(path):
+        raise FileNotFoundError(path)
+    with files.open_read(path) as file:
+        table = pq.read_table(file)
+    metadata = (table.schema.metadata or {}).get(METADATA_KEY.encode(), b"{}")
+    return table.cast(REJECTS), json.loads(metadata)
+
+
+def read_shard(path: str, columns: Sequence[str] = ("uri",)) -> tuple[pa.Table, dict[str, Any]]:
+    """Reads columns of a local shard of vectors in either format.
+
+    Args:
+      path: a local file, as `local_copy` gives.
+      columns: names out of `vectors_schema`.
+
+    Returns:
+      The table and the shard's metadata (empty for a TFRecord shard without rows).
+
+    Raises:
+      ValueError: the file is damaged (`pa.ArrowInvalid` is one).
+    """
+    if path.endswith(".parquet"):
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            metadata = (file.schema_arrow.metadata or {}).get(METADATA_KEY.encode(), b"{}")
+            return file.read(columns=list(columns)), json.loads(metadata)
+    return _read_tfrecord(path, columns)
+
+
+def tfrecord_features(width: int) -> dict[str, dict[str, Any]]:
+    """Returns the parse spec of a TFRecord dataset: arguments of ``tf.io.FixedLenFeature``."""
+    text = {"shape": [], "dtype": "string"}
+    number = {"shape": [], "dtype": "int64"}
+    return {
+        "uri": text,
+        "sha256": text,
+        "size_bytes": number,
+        "modified": {**number, "default_value": -1},
+        "width": number,
+        "height": number,
+        "format": text,
+        "vector": {"shape": [width], "dtype": "float32"},
+        METADATA_KEY: {**text, "default_value": ""},
+    }
+
+
+def _read_tfrecord(path: str, columns: Sequence[str]) -> tuple[pa.Table, dict[str, Any]]:
+    import tensorflow as tf
+
+    rows: list[dict[str, Any]] = []
+    metadata: dict[str, Any] = {}
+    compression = "GZIP" if path.endswith(".gz") else ""
+    try:
+        for record in tf.data.TFRecordDataset(path, compression).as_numpy_iterator():
+            feature = tf.train.Example.FromString(record).features.feature
+            if not rows and METADATA_KEY in feature:
+                metadata = json.loads(feature[METADATA_KEY].bytes_list.value[0])
+            rows.append({name: _plain(feature[name]) for name in columns})
+    except (tf.errors.DataLossError, tf.errors.OutOfRangeError) as error:
+        raise ValueError(f"{path}: {error.message}") from error
+    types = {field.name: field.type for field in PICTURE_FIELDS}
+    schema = pa.schema([(name, types.get(name, pa.list_(pa.float32()))) for name in columns])
+    return pa.Table.from_pylist(rows, schema), metadata
+
+
+def _plain(feature: Any) -> Any:
+    kind = feature.WhichOneof("kind")
+    values = getattr(feature, kind).value
+    if kind == "float_list":
+        return np.array(values, np.float32)
+    return values[0].decode() if kind == "bytes_list" else values[0]
+
+
+@contextmanager
+def local_copy(path: str) -> Iterator[str]:
+    """Yields the path itself where it is local, else the path of a temporary copy."""
+    if files.is_local(path):
+        yield path
+        return
+    with (
+        NamedTemporaryFile(suffix=Path(path).name) as copy,
+        files.open_read(path) as source,
+    ):
+        while chunk := source.read(8 << 20):
+            copy.write(chunk)
+        copy.flush()
+        yield copy.name
