@@ -20,10 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from hubbeam.modules.colour import NoRuleError, to_rgb
-from hubbeam.modules.errors import ImageError
-from hubbeam.modules.presets import Preset
-from hubbeam.modules.resize import resize_bilinear
 from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
@@ -36,13 +32,19 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from hubbeam.modules.colour import NoRuleError, to_rgb
+from hubbeam.modules.errors import ImageError
+from hubbeam.modules.presets import Preset
+from hubbeam.modules.resize import resize_bilinear
+
 # Pillow's readers warn of odd metadata (EXIF, animation data) that nobody here looks at, and log
 # what they raise as well. The rest of Pillow keeps its voice.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.\w+ImagePlugin")
 logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
 
-# The readers are called by class, not by `Image.open`: what a host program registered, or how it
-# set `Image.MAX_IMAGE_PIXELS`, does not matter then, and nothing else of Pillow can be reached.
+# The readers are called by class, not by `Image.open`: so no other reader can be reached, whatever
+# a host program has registered, and none is registered here. (Two of Pillow's global switches still
+# work on some formats: `ImageFile.LOAD_TRUNCATED_IMAGES` should be off, as it is by default.)
 _READERS: dict[str, type[ImageFile.ImageFile]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,
     "PNG": PngImagePlugin.PngImageFile,
@@ -52,6 +54,10 @@ _READERS: dict[str, type[ImageFile.ImageFile]] = {
     "TIFF": TiffImagePlugin.TiffImageFile,
     "PNM": PpmImagePlugin.PpmImageFile,
 }
+
+# What is resized: an RGB image for the 8-bit presets, uint8 [height, width, 4] (red, green, blue,
+# padding) for the others.
+_Source = Image.Image | npt.NDArray[np.uint8]
 
 _ORIENTATION_TAG = 0x0112
 
@@ -151,8 +157,7 @@ def _decode_jpeg(
     data: bytes, preset: Preset, outs: Sequence[npt.NDArray[Any]], limits: Limits
 ) -> Picture:
     file = _open(data, "JPEG", limits)
-    if data.count(b"\xff\xda") > _MAX_SCANS:
-        raise ImageError("corrupt", f"more than {_MAX_SCANS} scans")
+    _check_scans(data, file)
     width, height = file.size
     orientation = _orientation(file) if preset.exif_orientation else 1
     box = _central_box(width, height, preset.central_fraction)
@@ -162,22 +167,37 @@ def _decode_jpeg(
     for out in outs:
         scale = 1
         if preset.jpeg_scaling is not None:
-            target = _stored(out, orientation).shape[:2]
-            scale = preset.jpeg_scaling.denominator(
-                (box[3] - box[1], box[2] - box[0]), (target[0], target[1])
-            )
+            rows, columns, _ = _stored(out, orientation).shape
+            size = (box[3] - box[1], box[2] - box[0])
+            scale = preset.jpeg_scaling.denominator(size, (rows, columns))
         by_scale.setdefault(scale, []).append(out)
     for scale, group in by_scale.items():
-        pixels = _jpeg_pixels(data, file, scale)
+        source = _read_jpeg(data, file, scale, preset)
         for out in group:
-            _resize(pixels, box, scale, preset, _stored(out, orientation))
+            _resize(source, box, scale, preset, _stored(out, orientation))
     return _picture("JPEG", width, height, orientation)
 
 
-def _jpeg_pixels(data: bytes, file: ImageFile.ImageFile, scale: int) -> npt.NDArray[np.uint8]:
-    """Decodes to uint8 [ceil(height / scale), ceil(width / scale), 4], RGB and padding."""
+def _check_scans(data: bytes, file: ImageFile.ImageFile) -> None:
+    """Refuses files that ask for absurdly many passes over the picture."""
+    assert isinstance(file, JpegImagePlugin.JpegImageFile)
+    if not file.info.get("progressive"):
+        # The reader stands behind the head of the first scan, which says how many components the
+        # scan has: all of them in nearly every file, and then there is no other scan.
+        assert file.fp is not None
+        head = file.fp.tell() - 2 * file.layers - 4
+        if data[head : head + 1] == bytes([file.layers]):
+            return
+    if data.count(b"\xff\xda") > _MAX_SCANS:
+        raise ImageError("corrupt", f"JPEG: more than {_MAX_SCANS} scans")
+
+
+def _read_jpeg(data: bytes, file: ImageFile.ImageFile, scale: int, preset: Preset) -> _Source:
+    """Decodes at 1 / `scale` of the size, sides rounded up."""
     width, height = (-(-side // scale) for side in file.size)
-    space = "CMYK" if file.mode == "CMYK" else "RGBX"
+    space = "RGB" if preset.dtype == np.uint8 else "RGBX"
+    if file.mode == "CMYK":
+        space = "CMYK"
 
     def read(data: bytes, strict: bool) -> npt.NDArray[np.uint8]:
         pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(
@@ -204,10 +224,10 @@ def _jpeg_pixels(data: bytes, file: ImageFile.ImageFile, scale: int) -> npt.NDAr
     if pixels.shape[:2] != (height, width):
         raise ImageError("corrupt", "JPEG: the headers disagree about the size")
     if space == "CMYK":
-        # Adobe's convention, which all CMYK files in the wild follow: 255 is no ink.
+        # Adobe's convention, which CMYK files in the wild follow: 255 is no ink.
         image = Image.frombuffer("CMYK", (width, height), pixels, "raw", "CMYK;I", 0, 1)
-        return np.asarray(image.convert("RGB"))
-    return pixels
+        return _source(image.convert("RGB"), preset)
+    return Image.fromarray(pixels) if space == "RGB" else pixels
 
 
 def _decode_other(
@@ -219,15 +239,15 @@ def _decode_other(
         # Of TIFF, the orientation is a part, and Pillow's reader has applied it; asking again
         # gives 1. That of PNG may stand behind the pixels.
         orientation = _orientation(file) if preset.exif_orientation else 1
-        pixels = np.asarray(to_rgb(file))
+        width, height = file.size
+        source = _source(to_rgb(file), preset)
     except NoRuleError as error:
         raise ImageError("unsupported_format", f"{kind}: {error}") from error
     except Exception as error:
-        raise _image_error(error, kind, data, file) from error
-    height, width = pixels.shape[:2]
+        raise _image_error(error, kind) from error
     box = _central_box(width, height, preset.central_fraction)
     for out in outs:
-        _resize(pixels, box, 1, preset, _stored(out, orientation))
+        _resize(source, box, 1, preset, _stored(out, orientation))
     return _picture(kind, width, height, orientation)
 
 
@@ -331,46 +351,40 @@ def _central_box(width: int, height: int, fraction: float) -> tuple[int, int, in
     return left, top, width - left, height - top
 
 
+def _source(image: Image.Image, preset: Preset) -> _Source:
+    if preset.dtype == np.uint8:
+        return image
+    pixels = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint8)
+    return pixels.reshape(image.height, image.width, 4)
+
+
 def _resize(
-    pixels: npt.NDArray[np.uint8],
+    source: _Source,
     box: tuple[int, int, int, int],
     scale: int,
     preset: Preset,
     out: npt.NDArray[Any],
 ) -> None:
-    """Resizes the `box` (in unscaled coordinates) of pixels decoded at 1 / `scale` into `out`."""
-    if preset.resize != "antialiased_bilinear":
-        left, top, right, bottom = box
-        crop = pixels[top:bottom, left:right]
-        resize_bilinear(crop, out, half_pixel=preset.resize == "bilinear")
+    """Resizes the `box` (in unscaled coordinates) of a picture decoded at 1 / `scale`."""
+    if isinstance(source, np.ndarray):
+        resize_bilinear(source, box, out, half_pixel=preset.resize == "bilinear")
         return
-    height, width, channels = pixels.shape
-    mode = "RGBX" if channels == 4 else "RGB"
-    image = Image.frombuffer(mode, (width, height), pixels, "raw", mode, 0, 1)
     # A side that is no multiple of `scale` fills its last pixel only in part.
-    small = image.resize(
-        (out.shape[1], out.shape[0]),
-        Image.Resampling.BILINEAR,
-        box=(box[0] / scale, box[1] / scale, box[2] / scale, box[3] / scale),
-    )
-    out[...] = np.asarray(small)[:, :, :3]
+    left, top, right, bottom = (side / scale for side in box)
+    size = (out.shape[1], out.shape[0])
+    small = source.resize(size, Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+    out[...] = np.asarray(small)
 
 
-def _image_error(
-    error: Exception,
-    kind: str,
-    data: bytes = b"",
-    file: ImageFile.ImageFile | None = None,
-    ended: bool = False,
-) -> ImageError:
-    """Finds the reason for a reader's failure."""
+def _image_error(error: Exception, kind: str, *, ended: bool = False) -> ImageError:
+    """Finds the reason for a reader's failure; `ended`: it had come to the end of the file."""
     if isinstance(error, ImageError):
         return error
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, MemoryError):
         return ImageError("corrupt", f"{kind}: the reader asked for too much memory")
     if isinstance(error, Image.DecompressionBombError):
-        return ImageError("too_many_pixels", f"{kind}: {error}")
+        return ImageError("too_many_pixels", f"{kind}: {text}")
     early = isinstance(error, EOFError) or (
         ended and isinstance(error, (struct.error, IndexError, OSError))
     )

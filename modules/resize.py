@@ -6,14 +6,16 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-Pixels = npt.NDArray[np.uint8]
-
 
 class _Axis(NamedTuple):
-    """For each output position: the input positions on both sides, and the weight of `upper`."""
+    """Where each output position lies on an input side.
 
-    lower: npt.NDArray[np.intp]
-    upper: npt.NDArray[np.intp]
+    Attributes:
+      places: intp [2 * target], the input positions before it, then those after it.
+      weight: float32 [target], the share of the position after it.
+    """
+
+    places: npt.NDArray[np.intp]
     weight: npt.NDArray[np.float32]
 
 
@@ -22,48 +24,49 @@ def _axis(size: int, target: int, half_pixel: bool) -> _Axis:
     # In float32 and in TensorFlow's own order (image_resizer_state.h, resize_bilinear_op.cc): on
     # a side of some thousand pixels, rounding elsewhere would move the weights by 1e-4.
     scale = np.float32(size) / np.float32(target)
-    place = np.arange(target, dtype=np.float32)
     half = np.float32(0.5 if half_pixel else 0)
-    place = (place + half) * scale - half
+    place = (np.arange(target, dtype=np.float32) + half) * scale - half
     floor = np.floor(place)
     lower = np.maximum(floor, 0).astype(np.intp)
     upper = np.minimum(np.ceil(place), size - 1).astype(np.intp)
-    axis = _Axis(lower, upper, place - floor)
+    axis = _Axis(np.concatenate([lower, upper]), place - floor)
     for table in axis:
         table.setflags(write=False)  # the cache hands them to all threads
     return axis
 
 
-def resize_bilinear(image: Pixels, out: npt.NDArray[np.float32], *, half_pixel: bool) -> None:
+def resize_bilinear(
+    image: npt.NDArray[np.uint8],
+    box: tuple[int, int, int, int],
+    out: npt.NDArray[np.float32],
+    *,
+    half_pixel: bool,
+) -> None:
     """Resizes as TensorFlow does, without antialiasing, and scales to [0, 1].
 
-    Equal to ``tf.image.resize(image / 255, out.shape[:2])`` with `half_pixel`, and to
-    ``tf.compat.v1.image.resize_bilinear(image / 255, out.shape[:2])`` without.
+    With `crop` for the part of ``image / 255`` in the box, equal to
+    ``tf.image.resize(crop, out.shape[:2])`` with `half_pixel`, and to
+    ``tf.compat.v1.image.resize_bilinear(crop, out.shape[:2])`` without.
 
     Args:
-      image: uint8 [height, width, channels], 0 to 255; at least three channels.
+      image: uint8 [height, width, 4], contiguous: red, green, blue (0 to 255) and padding, which
+        makes a pixel one machine word.
+      box: left, top, right, bottom of the part that is resized, in pixels.
       out: float32 [h, w, 3], is written.
       half_pixel: whether pixel centres lie at half positions.
     """
-    height, width = image.shape[:2]
-    rows = _axis(height, out.shape[0], half_pixel)
-    columns = _axis(width, out.shape[1], half_pixel)
-
-    def corner(y: npt.NDArray[np.intp], x: npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
-        return image[y[:, None], x[None, :], :3].astype(np.float32)
-
-    x_weight = columns.weight[None, :, None]
-    top = corner(rows.lower, columns.lower)
-    right = corner(rows.lower, columns.upper)
-    right -= top
-    right *= x_weight
-    top += right
-    bottom = corner(rows.upper, columns.lower)
-    right = corner(rows.upper, columns.upper)
-    right -= bottom
-    right *= x_weight
-    bottom += right
-    bottom -= top
-    bottom *= rows.weight[:, None, None]
-    top += bottom
-    np.multiply(top, np.float32(1 / 255), out=out)
+    left, top, right, bottom = box
+    height, width = out.shape[:2]
+    y = _axis(bottom - top, height, half_pixel)
+    x = _axis(right - left, width, half_pixel)
+    rows = image.view(np.uint32)[:, :, 0].take(y.places + top, axis=0)
+    columns = rows.take(x.places + left, axis=1).view(np.uint8)  # [2 h, 2 w * 4]
+    before = columns[:, : 4 * width].astype(np.float32)
+    after = columns[:, 4 * width :] - before
+    after *= np.repeat(x.weight, 4)
+    before += after
+    above, below = before[:height], before[height:]
+    below -= above
+    below *= y.weight[:, None]
+    above += below
+    np.multiply(above.reshape(height, width, 4)[:, :, :3], np.float32(1 / 255), out=out)
