@@ -10,11 +10,12 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
 from hubbeam.modules.engines.base import check_pixels
 from hubbeam.modules.errors import ConfigError, RunError
 from hubbeam.modules.spec import ResolvedModule
@@ -85,7 +86,7 @@ def freeze(folder: Path, module: ResolvedModule) -> FrozenGraph:
     try:
         if module.format == "hub1":
             # The loader of TensorFlow 1 makes nothing but the graph: no eager context, less memory.
-            with tf.Graph().as_default() as graph, _session(tf, graph, threads=1) as session:
+            with tf.Graph().as_default() as graph, _session(tf, graph) as session:
                 meta = tf.compat.v1.saved_model.load(session, list(module.tags), str(folder))
                 signature = _item(meta.signature_def, module.signature, "signature", module)
                 source = _item(signature.inputs, module.input, "input", module).name
@@ -146,13 +147,13 @@ def _item(items: Any, key: str, kind: str, module: ResolvedModule) -> Any:
     return items[key]
 
 
-def _session(tf: Any, graph: Any, threads: int) -> Any:
-    """Makes a session whose calls run in the calling thread when `threads` is 1.
+def _session(tf: Any, graph: Any) -> Any:
+    """Makes a session whose calls run in the thread that makes them.
 
     The pool inside ops is the process's: the first session or eager context sets its size.
     """
     config = tf.compat.v1.ConfigProto(
-        intra_op_parallelism_threads=threads,
+        intra_op_parallelism_threads=1,
         inter_op_parallelism_threads=-1,  # ops of one call one after the other, in its thread
         device_count={"GPU": 0},
     )
@@ -160,14 +161,17 @@ def _session(tf: Any, graph: Any, threads: int) -> Any:
 
 
 class TensorFlowEngine:
-    """See `hubbeam.modules.engines.base.Engine`.
+    """See `hubbeam.modules.engines.base.Engine`. A call computes in the thread that makes it.
 
     Args:
       folder: the module.
       module: what to run of it.
       batch_size: images that go through the graph at once; a larger batch is split.
       streams: threads that will call `run` at once.
-      threads: threads that each call may use.
+
+    Raises:
+      ConfigError: the module has no such tags, signature, input or output.
+      RunError: it cannot be read.
     """
 
     name = NAME
@@ -179,16 +183,13 @@ class TensorFlowEngine:
         *,
         batch_size: int = 4,
         streams: int = 1,
-        threads: int = 1,
     ):
         tf = import_tensorflow()
-        # A process that already uses TensorFlow keeps the threads that it has.
-        if threads == 1:
-            try:
-                tf.config.threading.set_intra_op_parallelism_threads(threads)
-                tf.config.threading.set_inter_op_parallelism_threads(1)
-            except RuntimeError:
-                pass
+        # Loading a TF2 module starts the eager context, whose pools are the whole process's. A
+        # process that uses TensorFlow already keeps those that it has.
+        with suppress(RuntimeError):
+            tf.config.threading.set_intra_op_parallelism_threads(1)
+            tf.config.threading.set_inter_op_parallelism_threads(1)
         self.version: str = tf.__version__
         self.batch_size = batch_size
         self.streams = streams
@@ -201,7 +202,7 @@ class TensorFlowEngine:
                 frozen.graph_def, {frozen.input: self._floats}, [frozen.output], name=""
             )
             self._output = tf.reshape(output, [-1, module.width])
-        self._session = _session(tf, graph, threads)
+        self._session = _session(tf, graph)
 
     def run(self, pixels: np.ndarray) -> np.ndarray:
         """See `Engine.run`."""

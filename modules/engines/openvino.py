@@ -1,0 +1,201 @@
+"""The signature in OpenVINO: the frozen graph as OpenVINO's IR, computed in float32.
+
+Each of the engine's streams is one thread; a caller takes a request, which runs on a stream of its
+own. Shapes are static and batches small: what a layer leaves behind is still in the cache when the
+next one reads it.
+"""
+
+import io
+import queue
+import tempfile
+import zipfile
+from pathlib import Path
+from threading import Lock
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from hubbeam.modules.engines.base import check_pixels
+from hubbeam.modules.errors import ConfigError, RunError
+from hubbeam.modules.spec import ResolvedModule
+
+NAME = "openvino"
+
+
+def import_openvino() -> Any:
+    """Imports OpenVINO.
+
+    Raises:
+      ConfigError: it is not installed.
+    """
+    try:
+        import openvino
+    except ImportError as e:
+        raise ConfigError(
+            f"engine openvino: OpenVINO cannot be imported ({e}); pip install 'hubbeam[openvino]'"
+        ) from e
+    return openvino
+
+
+class Converted(NamedTuple):
+    """A module's signature as OpenVINO's IR, and what it must compute.
+
+    Attributes:
+      xml: the graph.
+      weights: its constants.
+      reference: float32 [pictures, width], TensorFlow's vectors of `check_pictures`.
+    """
+
+    xml: bytes
+    weights: bytes
+    reference: np.ndarray
+
+    def pack(self) -> bytes:
+        """Returns it as a zip archive, which also notices damage."""
+        archive = io.BytesIO()
+        vectors = io.BytesIO()
+        np.save(vectors, self.reference, allow_pickle=False)
+        with zipfile.ZipFile(archive, "w") as file:
+            file.writestr("model.xml", self.xml)
+            file.writestr("model.bin", self.weights)
+            file.writestr("reference.npy", vectors.getvalue())
+        return archive.getvalue()
+
+    @classmethod
+    def unpack(cls, data: bytes) -> "Converted":
+        """Reads what `pack` returned.
+
+        Raises:
+          ValueError: it is damaged.
+        """
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as file:
+                return cls(
+                    file.read("model.xml"),
+                    file.read("model.bin"),
+                    np.load(io.BytesIO(file.read("reference.npy")), allow_pickle=False),
+                )
+        except (zipfile.BadZipFile, KeyError, EOFError) as e:
+            raise ValueError(str(e)) from e
+
+
+def convert(folder: Path, module: ResolvedModule, reference: np.ndarray) -> Converted:
+    """Converts a module's signature to OpenVINO's IR. Needs TensorFlow.
+
+    Args:
+      folder: the module.
+      module: what to convert of it.
+      reference: TensorFlow's vectors of `check_pictures`.
+
+    Raises:
+      ConfigError: OpenVINO is not installed, or the module has no such signature.
+      RunError: OpenVINO cannot convert the module.
+    """
+    from hubbeam.modules.engines.tensorflow import freeze
+
+    ov = import_openvino()
+    frozen = freeze(folder, module)
+    with tempfile.TemporaryDirectory() as scratch:
+        graph, xml = Path(scratch, "frozen.pb"), Path(scratch, "model.xml")
+        graph.write_bytes(frozen.graph_def.SerializeToString())
+        try:
+            # `Core.read_model` does what `openvino.convert_model` does, but sends no usage data.
+            model = ov.Core().read_model(graph)
+            if len(model.inputs) != 1 or len(model.outputs) != 1:
+                raise RuntimeError(f"{len(model.inputs)} inputs, {len(model.outputs)} outputs")
+            model.reshape([-1, *module.image_size, 3])
+            ov.save_model(model, xml, compress_to_fp16=False)
+        except RuntimeError as e:
+            raise RunError(f"module {module.name}: OpenVINO cannot convert it: {e}") from e
+        return Converted(xml.read_bytes(), xml.with_suffix(".bin").read_bytes(), reference)
+
+
+class OpenVINOEngine:
+    """See `hubbeam.modules.engines.base.Engine`.
+
+    Args:
+      converted: the module, see `convert`.
+      module: what it is.
+      batch_size: images that a request takes; the last part of a batch is filled up with zeros.
+      streams: threads that compute, one a request.
+      precision: type that it computes in.
+
+    Raises:
+      ConfigError: OpenVINO is not installed.
+      RunError: the converted module cannot be read.
+    """
+
+    def __init__(
+        self,
+        converted: Converted,
+        module: ResolvedModule,
+        *,
+        batch_size: int = 1,
+        streams: int = 1,
+        precision: Literal["f32", "bf16"] = "f32",
+    ):
+        ov = import_openvino()
+        self.name = NAME if precision == "f32" else f"{NAME}-{precision}"
+        self.version: str = ov.__version__.split("-")[0]
+        self.batch_size = batch_size
+        self.streams = streams
+        self._module = module
+        self._ov = ov
+        self._core = ov.Core()
+        try:
+            self._model = self._core.read_model(converted.xml, converted.weights)
+            self._model.reshape([batch_size, *module.image_size, 3])
+        except RuntimeError as e:
+            raise RunError(f"module {module.name}: OpenVINO cannot read it: {e}") from e
+        self._options = {
+            "INFERENCE_PRECISION_HINT": precision,
+            "EXECUTION_MODE_HINT": "ACCURACY" if precision == "f32" else "PERFORMANCE",
+            "NUM_STREAMS": str(streams),
+            "INFERENCE_NUM_THREADS": str(streams),
+            "ENABLE_HYPER_THREADING": True,
+            # Pinned threads of two worker processes would share one core.
+            "ENABLE_CPU_PINNING": False,
+        }
+        self._requests: dict[np.dtype, queue.LifoQueue[Any]] = {}
+        self._compiling = Lock()
+
+    def _compiled(self, dtype: np.dtype) -> "queue.LifoQueue[Any]":
+        with self._compiling:
+            if dtype not in self._requests:
+                model = self._model.clone()
+                if dtype == np.uint8:
+                    steps = self._ov.preprocess.PrePostProcessor(model)
+                    steps.input().tensor().set_element_type(self._ov.Type.u8)
+                    steps.input().preprocess().convert_element_type(self._ov.Type.f32).scale(255.0)
+                    model = steps.build()
+                compiled = self._core.compile_model(model, "CPU", self._options)
+                # The request used last has its buffers in the cache.
+                requests: queue.LifoQueue[Any] = queue.LifoQueue()
+                for _ in range(self.streams):
+                    requests.put(compiled.create_infer_request())
+                self._requests[dtype] = requests
+            return self._requests[dtype]
+
+    def run(self, pixels: np.ndarray) -> np.ndarray:
+        """See `Engine.run`."""
+        pixels = check_pixels(pixels, self._module.image_size)
+        vectors = np.empty((len(pixels), self._module.width), np.float32)
+        if not len(pixels):
+            return vectors
+        requests = self._requests.get(pixels.dtype) or self._compiled(pixels.dtype)
+        request = requests.get()
+        try:
+            for start in range(0, len(pixels), self.batch_size):
+                part = pixels[start : start + self.batch_size]
+                count = len(part)
+                if count < self.batch_size:
+                    filled = np.zeros((self.batch_size, *part.shape[1:]), part.dtype)
+                    filled[:count] = part
+                    part = filled
+                request.set_input_tensor(self._ov.Tensor(part, shared_memory=True))
+                request.infer()
+                output = request.get_output_tensor().data
+                vectors[start : start + count] = output.reshape(self.batch_size, -1)[:count]
+        finally:
+            requests.put(request)
+        return vectors
