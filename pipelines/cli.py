@@ -28,8 +28,6 @@ app = typer.Typer(
 )
 app.add_typer(modules_cli.app, name="modules")
 
-_defaults = ExtractOptions.model_construct()
-
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -155,7 +153,7 @@ def extract(
     if not quiet:
         print(watch.summary(report, where))
     if not report.published:
-        raise TooManyRejects(
+        raise TooManyRejectsError(
             f"{report.rejected_images} of {report.listed} images were rejected, more than "
             f"--max-reject-fraction {options.max_reject_fraction} allows: see "
             f"{where}/rejects; the same command with --max-reject-fraction "
@@ -163,7 +161,7 @@ def extract(
         )
 
 
-class TooManyRejects(HubbeamError):
+class TooManyRejectsError(HubbeamError):
     """All is written and counted, but not published (exit code 3)."""
 
 
@@ -192,7 +190,7 @@ def main() -> None:
         app(arguments, standalone_mode=True, obj=beam_args)
     except HubbeamError as error:
         print(f"hubbeam: {error}", file=sys.stderr)
-        codes = {ConfigError: USAGE, TooManyRejects: TOO_MANY_REJECTS}
+        codes = {ConfigError: USAGE, TooManyRejectsError: TOO_MANY_REJECTS}
         sys.exit(codes.get(type(error), FAILED))
     except KeyboardInterrupt:
         print("hubbeam: interrupted; the same command takes the run up again", file=sys.stderr)

@@ -106,7 +106,6 @@ def run_extract(options: ExtractOptions, beam_args: list[str], watch: Any = None
       ConfigError: bad settings or input, found before anything ran.
       RunError: the run failed; the same command takes it up again.
     """
-    started = time.time()
     runner = Runner.from_options(options, beam_args)
     meaning = resolve(options, runner)
     output = absolute(options.output)
@@ -131,7 +130,7 @@ def run_extract(options: ExtractOptions, beam_args: list[str], watch: Any = None
             batch_size=options.batch_size,
             max_reject_fraction=options.max_reject_fraction,
             processes=runner.processes,
-            started=started,
+            started=time.time(),
             progress=progress,
             options={**options.model_dump(mode="json"), "beam": [*options.beam, *beam_args]},
         )

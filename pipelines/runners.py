@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
@@ -86,7 +87,7 @@ class Runner:
         pipeline.run().wait_until_finish()
 
 
-def _parse(args: list[str]) -> dict[str, object]:
+def _parse(args: list[str]) -> dict[str, Any]:
     try:
         options = PipelineOptions(args)
         known = options.get_all_options(drop_default=False, add_extra_args_fn=None)

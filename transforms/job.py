@@ -54,7 +54,7 @@ class Meaning(_Data):
     shards: int | None = None
 
     def identity(self) -> dict[str, Any]:
-        """Returns the meaning as plain data, without where the store of the modules happens to be."""
+        """Returns the meaning as plain data, without the place of the modules' store."""
         data = self.model_dump(mode="json")
         for module in data["modules"]:
             del module["entry"]

@@ -16,7 +16,7 @@ from hubbeam.modules.errors import ConfigError, RunError
 from hubbeam.transforms import files
 from hubbeam.transforms.job import RUN_FILE, SUCCESS, ExtractJob
 from hubbeam.transforms.verify import ShardReport
-from hubbeam.transforms.write import METADATA_KEY, shard_metadata, tfrecord_features
+from hubbeam.transforms.write import METADATA_KEY, dataset_metadata, tfrecord_features
 
 SCHEMA_FILE = "schema.json"
 _OWN_FILE = re.compile(
@@ -33,7 +33,7 @@ class RunReport(BaseModel):
       published: whether the datasets were published; False when too many images were rejected.
       started: ISO 8601, UTC.
       finished: ISO 8601, UTC.
-      seconds: from the start to the publication.
+      seconds: from the start of the pipeline to the publication.
       images_per_second: images computed in this run by its seconds.
       listed: images of the plan.
       duplicates: names that were listed more than once and dropped.
@@ -111,15 +111,11 @@ def publish(job: ExtractJob, reports: Iterable[ShardReport]) -> RunReport:
         return report
     if job.root != job.output:
         _take_the_place(job, ordered)
-    for position, module in enumerate(job.modules):
+    for module in job.modules:
         if job.planned.meaning.format == "tfrecord":
             schema = {
                 "features": tfrecord_features(module.width),
-                METADATA_KEY: {
-                    key: value
-                    for key, value in shard_metadata(job, position, 0).items()
-                    if key != "shard"
-                },
+                METADATA_KEY: dataset_metadata(job, module),
             }
             files.write_bytes(files.join(job.output, module.name, SCHEMA_FILE), _to_json(schema))
     files.write_bytes(run_path(job.output), _to_json(report.model_dump(mode="json")))
@@ -163,7 +159,8 @@ def summarise(job: ExtractJob, reports: list[ShardReport]) -> RunReport:
             "sha256": module.sha256,
             "signature": module.signature,
             "width": module.width,
-            "engine": {"name": choice.engine, "version": choice.version},
+            "engine": choice.model_dump(mode="json"),
+            "engines_used": dict(Counter(report.engines[module.name] for report in reports)),
             "vectors": sum(shard.rows for shard in shards),
             "rejects": sum(reasons.values()),
             "rejects_by_reason": dict(sorted(reasons.items())),

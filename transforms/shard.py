@@ -7,7 +7,7 @@ time, and a finished one is never computed again.
 import hashlib
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +16,7 @@ import apache_beam as beam
 import pyarrow as pa
 from apache_beam.metrics import Metrics
 
+from hubbeam.modules.engines.base import Engine
 from hubbeam.modules.errors import ImageError, RunError
 from hubbeam.transforms.decode import decode_batch
 from hubbeam.transforms.embed import embed_batch
@@ -69,8 +70,12 @@ def extract_shard(job: ExtractJob, shard: int, process: Process) -> Iterator[Bat
     """
     plan = read_plan_shard(job.plan, shard, job.shards)
     rejects = _list_rejects(plan)
-    with open_shard(job, shard) as writers:
-        for result in compute_batches(job, _without_list_rejects(plan), process):
+    engines = [
+        process.engine(module, choice, job.store)
+        for module, choice in zip(job.modules, job.engines, strict=True)
+    ]
+    with open_shard(job, shard, engines) as writers:
+        for result in compute_batches(job, _without_list_rejects(plan), engines, process):
             for writer, batch in zip(writers, result.batches, strict=True):
                 writer.write(batch)
             rejects += result.rejects
@@ -88,7 +93,9 @@ def _without_list_rejects(plan: pa.Table) -> pa.Table:
     return plan.filter(pa.compute.is_null(plan["reason"])).combine_chunks()
 
 
-def compute_batches(job: ExtractJob, plan: pa.Table, process: Process) -> Iterator[BatchResult]:
+def compute_batches(
+    job: ExtractJob, plan: pa.Table, engines: Sequence[Engine], process: Process
+) -> Iterator[BatchResult]:
     """Reads, decodes and embeds the images of a plan, in order, batches side by side.
 
     Which images share a batch depends on the plan alone, not on the speed of anything.
@@ -96,24 +103,21 @@ def compute_batches(job: ExtractJob, plan: pa.Table, process: Process) -> Iterat
     Args:
       job: the run.
       plan: rows of the plan, without those that listing rejected.
-      process: gives threads, engines and the budget of bytes.
+      engines: what runs each of ``job.modules``.
+      process: gives threads and the budget of bytes.
 
     Yields:
       One result a batch, in the plan's order.
     """
     if not plan.num_rows:
         return
-    engines = [
-        process.engine(module, choice, job.store)
-        for module, choice in zip(job.modules, job.engines, strict=True)
-    ]
     size = min(job.batch_size, max(engine.batch_size for engine in engines))
     ahead: deque[Future[BatchResult]] = deque()
     try:
         for start in range(0, plan.num_rows, size):
             if len(ahead) >= BATCHES_AHEAD * process.threads:
                 yield ahead.popleft().result()
-            ahead.append(_start_batch(job, plan.slice(start, size), process))
+            ahead.append(_start_batch(job, plan.slice(start, size), engines, process))
         while ahead:
             yield ahead.popleft().result()
     finally:
@@ -121,7 +125,9 @@ def compute_batches(job: ExtractJob, plan: pa.Table, process: Process) -> Iterat
             future.cancel()
 
 
-def _start_batch(job: ExtractJob, rows: pa.Table, process: Process) -> "Future[BatchResult]":
+def _start_batch(
+    job: ExtractJob, rows: pa.Table, engines: Sequence[Engine], process: Process
+) -> "Future[BatchResult]":
     limits = job.planned.meaning.limits
     uris = rows["uri"].to_pylist()
     size_bytes = sum(
@@ -148,7 +154,7 @@ def _start_batch(job: ExtractJob, rows: pa.Table, process: Process) -> "Future[B
 
     def compute(contents: list[bytes | ImageError], milliseconds: int) -> None:
         try:
-            result = compute_batch(job, rows, contents, process)
+            result = compute_batch(job, rows, contents, engines)
         except BaseException as error:
             fail(error)
             return
@@ -161,7 +167,10 @@ def _start_batch(job: ExtractJob, rows: pa.Table, process: Process) -> "Future[B
 
 
 def compute_batch(
-    job: ExtractJob, rows: pa.Table, contents: list[bytes | ImageError], process: Process
+    job: ExtractJob,
+    rows: pa.Table,
+    contents: list[bytes | ImageError],
+    engines: Sequence[Engine],
 ) -> BatchResult:
     """Decodes a batch once and runs every module on it.
 
@@ -169,7 +178,7 @@ def compute_batch(
       job: the run.
       rows: rows of the plan.
       contents: bytes of each row's file, or why it could not be read.
-      process: gives the engines.
+      engines: what runs each of ``job.modules``.
 
     Returns:
       The vectors of each module and the rejects.
@@ -210,7 +219,7 @@ def compute_batch(
         [
             rows["uri"].take(kept).combine_chunks(),
             pa.array([hashes[i] for i in decoded.positions], pa.string()),
-            pa.array([len(contents[i]) for i in decoded.positions], pa.int64()),  # type: ignore[arg-type]
+            pa.array([len(contents[i]) for i in decoded.positions], pa.int64()),
             rows["modified"].take(kept).combine_chunks(),
             pa.array([picture.width for picture in decoded.pictures], pa.int32()),
             pa.array([picture.height for picture in decoded.pictures], pa.int32()),
@@ -219,8 +228,7 @@ def compute_batch(
         schema=pa.schema(PICTURE_FIELDS),
     )
     batches = []
-    for module, choice in zip(job.modules, job.engines, strict=True):
-        engine = process.engine(module, choice, job.store)
+    for module, engine in zip(job.modules, engines, strict=True):
         vectors, errors = embed_batch(engine, decoded.pixels[module.image_size], module.width)
         for row, error in sorted(errors.items()):
             reject(int(decoded.positions[row]), "embed", error, module.name)

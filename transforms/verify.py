@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
@@ -39,6 +40,8 @@ class ShardReport(_Data):
       vectors: file of each module, by the module's name.
       rejects: file of rejects, None where there are none.
       rejects_by_reason: rejects of each module, by the module's name and then by reason.
+      engines: what computed the vectors of each module, by the module's name; for a shard of
+        TFRecord without vectors ``none``.
       rejected_images: images that gave no vector of at least one module.
     """
 
@@ -48,6 +51,7 @@ class ShardReport(_Data):
     vectors: dict[str, FileReport]
     rejects: FileReport | None
     rejects_by_reason: dict[str, dict[str, int]]
+    engines: dict[str, str]
     rejected_images: int
 
 
@@ -69,14 +73,14 @@ def verify_shard(job: ExtractJob, shard: int) -> ShardReport:
     planned = _sorted(read_plan_shard(job.plan, shard, job.shards)["uri"])
     rejects_path = _where(job, job.rejects_path("", shard))
     rejects = _read_rejects(job, rejects_path)
-    vectors, reasons = {}, {}
+    vectors, reasons, engines = {}, {}, {}
     for module in job.modules:
         path = _where(job, job.vectors_path("", module.name, shard))
         try:
-            report, uris, plan_id = _read_vectors(path, module.width)
+            report, uris, metadata = _read_vectors(path, module.width)
         except (ValueError, OSError) as error:
             raise RunError(f"{path}: missing or damaged: {error}") from error
-        if plan_id not in (job.planned.plan_id, None):
+        if metadata and metadata["plan"] != job.planned.plan_id:
             raise RunError(f"{path}: belongs to another plan")
         mine = rejects.filter(
             pc.or_kleene(pc.is_null(rejects["module"]), pc.equal(rejects["module"], module.name))
@@ -90,6 +94,8 @@ def verify_shard(job: ExtractJob, shard: int) -> ShardReport:
         vectors[module.name] = report.model_copy(
             update={"path": job.vectors_path("", module.name, shard)}
         )
+        engine = metadata.get("engine")
+        engines[module.name] = f"{engine['name']} {engine['version']}" if engine else "none"
         reasons[module.name] = dict(Counter(mine["reason"].to_pylist()))
     return ShardReport(
         shard=shard,
@@ -103,6 +109,7 @@ def verify_shard(job: ExtractJob, shard: int) -> ShardReport:
             else None
         ),
         rejects_by_reason=reasons,
+        engines=engines,
         rejected_images=pc.count_distinct(rejects["uri"]).as_py(),
     )
 
@@ -129,7 +136,7 @@ def _sorted(uris: pa.ChunkedArray) -> pa.ChunkedArray:
     return pa.chunked_array([uris.take(pc.sort_indices(uris)).combine_chunks()], pa.string())
 
 
-def _read_vectors(path: str, width: int) -> tuple[FileReport, pa.ChunkedArray, str | None]:
+def _read_vectors(path: str, width: int) -> tuple[FileReport, pa.ChunkedArray, dict[str, Any]]:
     if not files.exists(path):
         raise FileNotFoundError("no such file")
     with local_copy(path) as copy:
@@ -139,7 +146,7 @@ def _read_vectors(path: str, width: int) -> tuple[FileReport, pa.ChunkedArray, s
         if len(lengths) and not pc.all(pc.equal(lengths, width)).as_py():
             raise ValueError(f"not all vectors have {width} values")
         report = _file_report(copy, table.num_rows)
-    return report, table["uri"], metadata.get("plan")
+    return report, table["uri"], metadata
 
 
 def _file_report(path: str, rows: int) -> FileReport:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from hubbeam.modules.engines.base import Engine
 from hubbeam.modules.spec import ResolvedModule
 from hubbeam.transforms import files
 from hubbeam.transforms.job import ExtractJob
@@ -74,25 +75,16 @@ def vectors_batch(pictures: pa.RecordBatch, vectors: np.ndarray) -> pa.RecordBat
     return pa.RecordBatch.from_arrays([*pictures.columns, column], schema=vectors_schema(width))
 
 
-def shard_metadata(job: ExtractJob, position: int, shard: int) -> dict[str, Any]:
-    """Returns what a shard says of itself (see the README), the same however often it is written.
-
-    Args:
-      job: the run.
-      position: index of the module in ``job.modules``.
-      shard: index of the shard.
-    """
-    module, engine = job.modules[position], job.engines[position]
+def dataset_metadata(job: ExtractJob, module: ResolvedModule) -> dict[str, Any]:
+    """Returns what all shards of a module say of themselves (see the README)."""
     return {
         "hubbeam": version("hubbeam"),
         "plan": job.planned.plan_id,
-        "shard": shard,
         "shards": job.shards,
         "module": {
             key: value for key, value in module.model_dump(mode="json").items() if key != "entry"
         },
         "preset": job.planned.meaning.preset.stamp(),
-        "engine": {"name": engine.engine, "version": engine.version},
         "versions": {name: version(name) for name in ("apache-beam", "numpy", "pillow", "pyarrow")},
     }
 
@@ -184,12 +176,15 @@ class _TFRecordShard:
 
 
 @contextmanager
-def open_shard(job: ExtractJob, shard: int) -> Iterator[list[VectorsWriter]]:
+def open_shard(
+    job: ExtractJob, shard: int, engines: Sequence[Engine]
+) -> Iterator[list[VectorsWriter]]:
     """Opens one writer a module; the files appear when all of them have been written whole.
 
     Args:
       job: the run.
       shard: index of the shard.
+      engines: what computes the vectors, in the order of ``job.modules``.
 
     Yields:
       Writers in the order of ``job.modules``.
@@ -197,10 +192,14 @@ def open_shard(job: ExtractJob, shard: int) -> Iterator[list[VectorsWriter]]:
     meaning = job.planned.meaning
     with ExitStack() as stack:
         writers: list[VectorsWriter] = []
-        for position, module in enumerate(job.modules):
+        for module, engine in zip(job.modules, engines, strict=True):
             path = job.vectors_path(job.root, module.name, shard)
             name = stack.enter_context(files.write_whole(path)).name
-            metadata = shard_metadata(job, position, shard)
+            metadata = {
+                **dataset_metadata(job, module),
+                "shard": shard,
+                "engine": {"name": engine.name, "version": engine.version},
+            }
             writers.append(
                 _ParquetShard(name, module, metadata)
                 if meaning.format == "parquet"
