@@ -221,7 +221,7 @@ def attachment_messages() -> tuple[Any, Any]:
             added.field.add(
                 name=key,
                 number=number,
-                type=kind,  # type: ignore[arg-type]
+                type=kind,
                 label=field.LABEL_OPTIONAL,
                 type_name=type_name or None,
             )

@@ -316,6 +316,8 @@ class Store:
 
     def _current(self, wanted: _Wanted) -> Stored | None:
         """Returns the checked entry of what is wanted, None if there is none (or an older one)."""
+        if _is_archive(wanted.handle):
+            return None  # it may have changed since; unpacking it is cheap
         folder = _folder(wanted.handle)
         for handle in (wanted.handle, *wanted.mirrors):
             pointer = read(self._pointer(handle))
