@@ -28,6 +28,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from hubbeam.modules.download import ARCHIVES, Progress, archive_url, download, unpack
 from hubbeam.modules.errors import ConfigError, RunError
 from hubbeam.modules.files import (
@@ -41,7 +43,6 @@ from hubbeam.modules.files import (
 )
 from hubbeam.modules.inspect import choose, inspect_module, is_module
 from hubbeam.modules.spec import ModuleInfo, ModuleSpec, ResolvedModule, load_spec, spec_names
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 _STALE_SECONDS = 24 * 3600
 _ARTIFACT = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -240,6 +241,19 @@ class Store:
         """Returns a module's entry if it is in the store, checked; does not fetch."""
         return self._current(_wanted(name_or_handle))
 
+    def get(self, name_or_handle: str) -> Stored:
+        """Returns a module's entry, checked; does not fetch.
+
+        Raises:
+          ConfigError: it is not in the store, or damaged.
+        """
+        wanted = _wanted(name_or_handle)
+        if stored := self._current(wanted):
+            return stored
+        _check_name(wanted)
+        again = f"`hubbeam modules fetch {wanted.asked}` gets it"
+        raise ConfigError(f"module {wanted.asked} is not in the store {self.root}: {again}")
+
     def handles(self) -> list[str]:
         """Returns the handles whose modules are in the store, sorted; `find` tells more."""
         pointers = (read(join(self.root, "handles", n)) for n in _pointers(self.root))
@@ -251,10 +265,7 @@ class Store:
         Raises:
           ConfigError: it is not in the store, or a file is missing, new or changed.
         """
-        wanted = _wanted(name_or_handle)
-        stored = self._current(wanted)
-        if stored is None:
-            raise ConfigError(f"module {wanted.asked} is not in the store {self.root}")
+        stored = self.get(name_or_handle)
         if stored.place.startswith(GCS):
             for path, file in stored.entry.files.items():
                 data = read(join(stored.place, "module", path)) or b""
@@ -338,8 +349,7 @@ class Store:
         return None
 
     def _fetch(self, wanted: _Wanted, offline: bool, progress: Progress | None) -> Stored:
-        if not wanted.spec and not re.search("://|/", wanted.handle):
-            load_spec(wanted.handle)  # no such name: says which there are
+        _check_name(wanted)
         faults = []
         for handle in (wanted.handle, *wanted.mirrors):
             if folder := _folder(handle) or _hub_cached(handle):
@@ -366,20 +376,11 @@ class Store:
                 raise ConfigError(f"the module in {folder} cannot be copied: {e}") from e
             info = inspect_module(module)
             _check_spec(wanted, info, None)
-            files = hash_files(module)
-            entry = Entry(
-                handle=wanted.handle,
-                source=source,
-                sha256=tree_sha256(files),
-                files=files,
-                info=info,
-                fetched_at=datetime.now(timezone.utc).replace(microsecond=0),
-                hubbeam=version("hubbeam"),
-            )
+            entry = _entry(wanted.handle, source, module, info)
             name = f"{wanted.name}-{entry.sha256[:12]}"
             place = join(self.root, name)
             if place.startswith(GCS):
-                for path in files:
+                for path in entry.files:
                     upload_gcs(module / path, join(place, "module", path))
                 write(join(place, "entry.json"), entry.model_dump_json(indent=1).encode())
             else:
@@ -397,12 +398,38 @@ class Store:
         return _copies_folder() if self.root.startswith(GCS) else Path(self.root)
 
 
+def resolve_folder(folder: str | Path, signature: str | None = None) -> ResolvedModule:
+    """Pins a module's folder as it stands, outside any store.
+
+    Raises:
+      ConfigError: it is no module, or has no such signature.
+    """
+    path = Path(folder).expanduser().resolve()
+    info = inspect_module(path)
+    entry = _entry(str(path), str(path), path, info)
+    wanted = _Wanted(slug(str(path)), str(path), (), None)
+    return _resolved(wanted, Stored(str(path), str(path), entry), signature)
+
+
 class DamagedError(ConfigError):
     """An entry of the store is not what it was when it was written."""
 
     def __init__(self, message: str, place: str):
         super().__init__(message)
         self.place = place
+
+
+def _entry(handle: str, source: str, folder: Path, info: ModuleInfo) -> Entry:
+    files = hash_files(folder)
+    return Entry(
+        handle=handle,
+        source=source,
+        sha256=tree_sha256(files),
+        files=files,
+        info=info,
+        fetched_at=datetime.now(timezone.utc).replace(microsecond=0),
+        hubbeam=version("hubbeam"),
+    )
 
 
 def _damaged(place: str, entry: Entry | None, fault: str) -> DamagedError:
@@ -427,6 +454,12 @@ def _wanted(name_or_handle: str) -> _Wanted:
         if handle in places:
             return _Wanted(spec.name, handle, tuple(p for p in places if p != handle), spec)
     return _Wanted(slug(handle), handle, (), None)
+
+
+def _check_name(wanted: _Wanted) -> None:
+    """Raises ConfigError, which tells the names there are, if a name is none."""
+    if not wanted.spec and "/" not in wanted.handle:
+        load_spec(wanted.handle)
 
 
 def _resolved(wanted: _Wanted, stored: Stored, signature: str | None) -> ResolvedModule:
@@ -548,7 +581,7 @@ def _how_to_get(wanted: _Wanted, root: str, faults: list[str]) -> str:
         "DIR here, and give `--store DIR`",
     ]
     if urls:
-        keep = f"`hubbeam modules fetch {wanted.asked} --from FILE`"
+        keep = f"`hubbeam modules fetch {wanted.asked} --from FILE.tar.gz`"
         lines.append(f"  - download {urls[0]} as FILE.tar.gz, and run {keep}")
     if wanted.spec and wanted.spec.checkpoint:
         lines.append(
