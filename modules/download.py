@@ -7,10 +7,11 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import requests
-from hubbeam.modules.errors import RunError
 from requests.adapters import HTTPAdapter
 from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
+
+from hubbeam.modules.errors import RunError
 
 # Called with the URL, the bytes received and the bytes expected (None when the server is silent).
 Progress = Callable[[str, int, int | None], None]

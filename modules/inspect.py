@@ -129,6 +129,10 @@ def end_points(info: ModuleInfo) -> dict[str, TensorInfo]:
 
 
 def _read_saved_model(folder: Path) -> Any:
+    # Here, not above: the engines import the store, which imports this file.
+    from hubbeam.modules.engines.tensorflow import import_tensorflow
+
+    import_tensorflow()
     from google.protobuf import text_format
     from google.protobuf.message import DecodeError
     from tensorflow.core.protobuf import saved_model_pb2

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from hubbeam.modules.errors import ConfigError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hubbeam.modules.errors import ConfigError
 
 FEATURES = "image_feature_vector"
 CLASSES = "image_classification"

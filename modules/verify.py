@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hubbeam.modules.engines.base import agreement
+from hubbeam.modules.engines.tensorflow import import_tensorflow
 from hubbeam.modules.errors import ConfigError, RunError
 from hubbeam.modules.inspect import choose, inspect_module
 from hubbeam.modules.spec import CLASSES, ModuleInfo
@@ -46,7 +47,7 @@ def run_module(
     Raises:
       RunError: TensorFlow cannot load or run it.
     """
-    import tensorflow as tf
+    tf = import_tensorflow()
     import tensorflow_hub
 
     choice = choose(info, signature, folder.name)

@@ -1,0 +1,51 @@
+"""Fixtures of all tests: the material in ``../shared``, a store with the original module, photos."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from hubbeam.modules.store import Store
+
+# Before anything imports TensorFlow: its start-up messages drown what a test prints.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+ROOT = Path(__file__).resolve().parents[1]
+ORIGINAL = "modules/mobilenet_v2_050_224_feature_vector_1"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder ``shared`` beside the checkout: real modules, checkpoints and odd images."""
+    folder = ROOT.parent / "shared"
+    if not (folder / ORIGINAL).is_dir():
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"{folder} is not there, and CI needs it")
+        pytest.skip(f"{folder} is not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def original(shared: Path) -> Path:
+    """The original TF-Hub module mobilenet_v2_050_224, as Google published it."""
+    return shared / ORIGINAL
+
+
+@pytest.fixture(scope="session")
+def store(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store that holds the original module as mobilenet_v2_050_224."""
+    made = Store(tmp_path_factory.mktemp("store"))
+    made.add(original, "mobilenet_v2_050_224")
+    return made
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """The photographs that are part of the project."""
+    return Path(__file__).parent / "photos"
+
+
+@pytest.fixture(scope="session")
+def labelled(shared: Path) -> list[Path]:
+    """200 photographs of 40 ImageNet classes, sorted by name."""
+    return sorted((shared / "images" / "labelled").glob("*.jpg"))
