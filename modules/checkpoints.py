@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from hubbeam.modules.download import ARCHIVES, unpack
 from hubbeam.modules.errors import ConfigError, RunError
 

@@ -5,6 +5,7 @@ batch norm. Batch norm has no factor gamma here: a ReLU follows, and the next we
 """
 
 import tensorflow as tf
+
 from hubbeam.modules.networks.layers import Layers, Norm, Outputs, Tensor
 
 # Channels of the blocks that keep the size: the 1x1 branch; the 1x1 and 3x3 of the second; the 1x1

@@ -29,6 +29,8 @@ class VariableSpec(NamedTuple):
       shape: all float32.
       trainable: False for batch-norm statistics and other state.
       fan_in: how many inputs are summed for one output, for weights; None for all other variables.
+      gain: of weights: before training their variance is ``gain / fan_in``, which keeps the scale of
+        activations (He et al. 2015): 2 where the input comes from a rectifier, else 1.
       fill: the initial value of variables that are not weights.
       l2: weight decay: ``l2 * sum(w**2) / 2`` is added to the training loss; 0 for none.
     """
@@ -37,6 +39,7 @@ class VariableSpec(NamedTuple):
     shape: tuple[int, ...]
     trainable: bool = True
     fan_in: int | None = None
+    gain: float = 2.0
     fill: float = 0.0
     l2: float = 0.0
 
@@ -144,6 +147,7 @@ class Layers:
         norm: str | None = "BatchNorm",
         bias: bool = False,
         activation: Activation | None = None,
+        gain: float = 2.0,
     ) -> Tensor:
         """Convolution, then batch norm or bias (or neither), then activation.
 
@@ -157,6 +161,7 @@ class Layers:
           norm: name of the batch norm, None for none.
           bias: whether biases are added; never together with `norm`.
           activation: applied last.
+          gain: see `VariableSpec`.
 
         Returns:
           float32 [n, h', w', filters].
@@ -168,6 +173,7 @@ class Layers:
                 "weights",
                 (height, width, channels, filters),
                 fan_in=height * width * channels,
+                gain=gain,
                 l2=self.l2,
             )
             return self.unit(
@@ -247,6 +253,7 @@ class Layers:
                 "pointwise_weights",
                 (1, 1, channels * multiplier, filters),
                 fan_in=channels * multiplier,
+                gain=1.0,
                 l2=self.l2,
             )
             x = tf.nn.depthwise_conv2d(x, depthwise, [1, stride, stride, 1], "SAME")

@@ -5,6 +5,7 @@ a thin output without an activation; thin ends of equal shape are joined by a re
 """
 
 import tensorflow as tf
+
 from hubbeam.modules.networks.layers import Layers, Norm, Outputs, Tensor, round_to_multiple
 
 # Output channels and stride of each block (the paper's table 2), before the depth multiplier.
@@ -57,7 +58,7 @@ def mobilenet_v2(
                 end_point=f"MobilenetV2/layer_{i + 2}",
             )
         channels = round_to_multiple(1280 * max(depth_multiplier, 1.0))
-        x = layers.conv2d(x, channels, 1, name="Conv_1", activation=tf.nn.relu6)
+        x = layers.conv2d(x, channels, 1, name="Conv_1", activation=tf.nn.relu6, gain=1.0)
         layers.end_point(f"MobilenetV2/layer_{len(BLOCKS) + 2}", x)
         with layers.scope("Logits"):
             x = layers.end_point("MobilenetV2/global_pool", layers.global_pool(x))
@@ -83,7 +84,7 @@ def _block(
         thin = x
         if expansion > 1:
             wide = round_to_multiple(expansion * int(x.shape[-1]))
-            x = layers.conv2d(x, wide, 1, name="expand", activation=tf.nn.relu6)
+            x = layers.conv2d(x, wide, 1, name="expand", activation=tf.nn.relu6, gain=1.0)
             layers.end_point(f"{end_point}/expansion_output", x)
         x = layers.depthwise_conv2d(x, 3, name="depthwise", stride=stride, activation=tf.nn.relu6)
         layers.end_point(f"{end_point}/depthwise_output", x)

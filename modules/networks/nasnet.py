@@ -6,6 +6,7 @@ states, each the sum of two operations on earlier states, and concatenates all t
 """
 
 import tensorflow as tf
+
 from hubbeam.modules.networks.layers import Layers, Norm, Outputs, Tensor
 
 # A cell's five states: (operation, which state) left and right. States 0 and 1 are the cell's
@@ -26,6 +27,8 @@ REDUCTION = (
 )
 # How many of the first states are left out of a cell's output. TF-Slim drops exactly these.
 LEFT_OUT = {NORMAL: 1, REDUCTION: 3}
+# Every state is a sum of two: untrained weights behind it halve the variance again.
+SUM_GAIN = 1.0
 
 CELLS = 12
 FILTERS = 44
@@ -39,17 +42,17 @@ def nasnet_mobile(
     images: Tensor,
     *,
     num_classes: int | None = None,
+    auxiliary: bool = False,
     drop_path_keep: float = 1.0,
 ) -> Outputs:
     """Builds NASNet-A mobile with TF-Slim's variable names and end points.
-
-    With a classifier, the training graph also has the auxiliary classifier (end point
-    ``AuxLogits``).
 
     Args:
       layers: what to build with.
       images: float32 [n, height, width, 3] in [0, 1], the size known.
       num_classes: width of the logits; None or 0 for no classifier.
+      auxiliary: training only: adds the auxiliary classifier, if there is a classifier; its logits
+        [n, num_classes] are the end point ``AuxLogits``.
       drop_path_keep: training only: probability to keep an operation's result in the last cell; in
         earlier cells it comes nearer to 1 in proportion. This is the final rate, not scaled by
         training steps. TF-Slim trained the mobile network with 1 (nothing dropped), the
@@ -84,7 +87,7 @@ def nasnet_mobile(
             layers.end_point(f"Reduction_Cell_{k}", x)
         previous, x = x, cell(f"cell_{i}", NORMAL, filters, x, previous)
         layers.end_point(f"Cell_{i}", x)
-        if i == AUXILIARY and num_classes and layers.training:
+        if i == AUXILIARY and auxiliary and num_classes and layers.training:
             with layers.scope(f"aux_{i}"), layers.scope("aux_logits"):
                 layers.end_point("AuxLogits", _auxiliary(layers, x, num_classes))
     with layers.scope("final_layer"):
@@ -105,7 +108,7 @@ def _cell(
 ) -> Tensor:
     stride = 2 if cell is REDUCTION else 1
     second = x if previous is None else _fit(layers, previous, filters, x)
-    first = layers.conv2d(tf.nn.relu(x), filters, 1, name="1x1", norm=None)
+    first = layers.conv2d(tf.nn.relu(x), filters, 1, name="1x1", norm=None, gain=SUM_GAIN)
     states = [layers.batch_norm(first, name="beginning_bn"), second]
     for i, sides in enumerate(cell):
         results = []
@@ -145,12 +148,15 @@ def _fit(layers: Layers, previous: Tensor, filters: int, x: Tensor) -> Tensor:
         previous = tf.nn.relu(previous)
         shifted = tf.pad(previous, [[0, 0], [0, 1], [0, 1], [0, 0]])[:, 1:, 1:, :]
         paths = [
-            layers.conv2d(path[:, ::2, ::2, :], filters // 2, 1, name=name, norm=None)
+            layers.conv2d(
+                path[:, ::2, ::2, :], filters // 2, 1, name=name, norm=None, gain=SUM_GAIN
+            )
             for path, name in ((previous, "path1_conv"), (shifted, "path2_conv"))
         ]
         return layers.batch_norm(tf.concat(paths, axis=3), name="final_path_bn")
     if previous.shape[3] != filters:
-        previous = layers.conv2d(tf.nn.relu(previous), filters, 1, name="prev_1x1", norm=None)
+        previous = tf.nn.relu(previous)
+        previous = layers.conv2d(previous, filters, 1, name="prev_1x1", norm=None, gain=SUM_GAIN)
         return layers.batch_norm(previous, name="prev_bn")
     return previous
 

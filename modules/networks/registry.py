@@ -2,9 +2,11 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import tensorflow as tf
+
 from hubbeam.modules.errors import ConfigError
 from hubbeam.modules.networks.inception_v2 import inception_v2
 from hubbeam.modules.networks.layers import Layers, Outputs, Tensor, Variable, VariableSpec
@@ -68,21 +70,32 @@ class Network:
         self.image_size = image_size
         self.num_classes = num_classes
         self.quantops = quantops
-        takes = set(inspect.signature(BUILDERS[builder]).parameters) - {
+        self._takes = set(inspect.signature(BUILDERS[builder]).parameters) - {
             "layers", "images", "num_classes",
         }  # fmt: skip
-        if unknown := sorted(set(self.args) - takes):
+        if unknown := sorted(set(self.args) - self._takes):
             raise ConfigError(
                 f"network {builder} takes no argument {', '.join(unknown)}; "
-                f"it takes {', '.join(sorted(takes)) or 'none'}"
+                f"it takes {', '.join(sorted(self._takes)) or 'none'}"
             )
 
-    def with_classes(self, num_classes: int | None) -> "Network":
-        """Returns the same network with another classifier, or with none."""
+    def variant(self, num_classes: int | None, *, auxiliary: bool = False) -> "Network":
+        """Returns the same network with other classifiers.
+
+        Args:
+          num_classes: width of the logits, None for no classifier.
+          auxiliary: with the auxiliary classifier too, if this kind of network has one.
+        """
+        args = {k: v for k, v in self.args.items() if k != "auxiliary"}
+        if auxiliary and "auxiliary" in self._takes:
+            args["auxiliary"] = True
         return Network(
-            self.builder, self.args,
-            image_size=self.image_size, num_classes=num_classes, quantops=self.quantops,
-        )  # fmt: skip
+            self.builder,
+            args,
+            image_size=self.image_size,
+            num_classes=num_classes,
+            quantops=self.quantops,
+        )
 
     def build(
         self,
@@ -108,6 +121,13 @@ class Network:
     def input_spec(self) -> tf.TensorSpec:
         """Returns the type and shape of the images."""
         return tf.TensorSpec([None, self.image_size, self.image_size, 3], tf.float32, "images")
+
+    @cached_property
+    def variables(self) -> dict[str, VariableSpec]:
+        """All variables of its graphs by name, in the order of use."""
+        # Only the auxiliary classifier has variables that the inference graph lacks.
+        specs, _ = self.declare(training=bool(self.args.get("auxiliary")))
+        return specs
 
     def declare(self, *, training: bool = False) -> tuple[dict[str, VariableSpec], tf.Graph]:
         """Builds the network in a new graph, to see what it needs.
