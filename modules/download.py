@@ -8,7 +8,8 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import requests
 from requests.adapters import HTTPAdapter
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, ProtocolError
+from urllib3.exceptions import TimeoutError as Urllib3TimeoutError
 from urllib3.util import Retry
 
 from hubbeam.modules.errors import RunError
@@ -126,6 +127,10 @@ def unpack(
                 if fault := _fault(member):
                     raise RunError(f"the archive is refused: {member.name!r} {fault}")
                 tar.extract(member, folder, set_attrs=False)
+            # tarfile stops where the archive says it ends; the checksum of gzip stands after that.
+            rest = 0
+            while tar.fileobj and rest <= max_bytes and (more := tar.fileobj.read(1 << 20)):
+                rest += len(more)
     except (tarfile.TarError, EOFError, OSError, ValueError) as e:
         with archive.open("rb") as file:
             start = file.read(64).lstrip()[:20].lower()
@@ -183,8 +188,10 @@ def _plain(error: Exception) -> str:
         return f"HTTP {error.response.status_code} {error.response.reason}"
     if isinstance(error, requests.exceptions.RetryError):
         return "the server is busy or failing (HTTP 429 or 5xx) again and again"
-    if isinstance(error, requests.exceptions.Timeout | TimeoutError):
+    if isinstance(error, requests.exceptions.Timeout | Urllib3TimeoutError | TimeoutError):
         return "no answer in time"
+    if isinstance(error, ProtocolError):
+        return "the answer ends early, again and again"
     if isinstance(error, requests.exceptions.ConnectionError):
         return "no connection, or no such host"
     return str(error) or type(error).__name__

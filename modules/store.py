@@ -117,14 +117,16 @@ def slug(handle: str) -> str:
     ``classification`` and ``quantops`` are passed over, and so are archive suffixes. So
     ``https://example.org/some/feature_vector/1.tar.gz`` is ``some``.
     """
-    path = urlsplit(handle).path if "://" in handle else handle
+    url = urlsplit(handle)
+    path = f"{url.netloc}/{url.path}" if "://" in handle else handle
     parts = [p for p in re.split(r"[/\\]", path) if p]
     if parts:
         for suffix in ARCHIVES:
             parts[-1] = parts[-1].removesuffix(suffix)
-    passed = re.compile(r"v?\d+|feature[_-]vector|classification|quantops|versions|variations")
-    named = [p for p in parts if not passed.fullmatch(p)] or parts or ["module"]
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", named[-1]).strip("._-")[:80] or "module"
+    safe = [re.sub(r"[^A-Za-z0-9._-]+", "_", part).strip("._-")[:80] for part in parts]
+    passed = re.compile(r"|v?\d+|feature[_-]vector|classification|quantops|versions|variations")
+    named = [part for part in safe if not passed.fullmatch(part)]
+    return named[-1] if named else "module"
 
 
 def tree_sha256(files: dict[str, StoredFile]) -> str:
