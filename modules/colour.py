@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, ImageFile, TiffImagePlugin
 
-_BITS_PER_SAMPLE = 258
+# TIFF 6.0's tags.
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 
 
 class NoRuleError(ValueError):
@@ -31,16 +32,24 @@ def to_rgb(file: ImageFile.ImageFile) -> Image.Image:
       NoRuleError: there is no rule for this mode.
     """
     mode, clear = file.mode, file.info.get("transparency")
-    if mode.startswith("I;16"):
-        return _deep_grey(np.asarray(file), _full_range(file), clear)
-    if mode == "I":
-        if file.format == "PPM":  # Pillow has scaled it to 16 bits
-            return _deep_grey(np.asarray(file), 65535, clear)
-        return _stretched(np.asarray(file))
-    if mode == "F":
-        return _stretched(np.asarray(file))
+    if mode.startswith("I") or mode == "F":
+        values = np.asarray(file)
+        tags = file.tag_v2 if isinstance(file, TiffImagePlugin.TiffImageFile) else {}
+        if mode.startswith("I;16"):
+            bits = min(max(int(tags.get(_BITS_PER_SAMPLE, (16,))[0]), 1), 16)
+            grey = _scaled(values, (1 << bits) - 1, clear)
+        elif mode == "I" and not tags:  # PNM, which Pillow has scaled to 16 bits
+            grey = _scaled(values, 65535, clear)
+        else:
+            unsigned = tags.get(_SAMPLE_FORMAT, (1,))[0] == 1
+            if mode == "I" and unsigned and tags.get(_BITS_PER_SAMPLE) == (32,):
+                values = values.view(np.uint32)  # Pillow's own integers have a sign
+            grey = _stretched(values)
+        if tags.get(_PHOTOMETRIC) == 0:  # white is zero; Pillow heeds it up to 8 bits only
+            grey = 255 - grey
+        return Image.fromarray(grey).convert("RGB")
     if file.has_transparency_data:
-        return _on_white(file.convert("RGBA"))
+        return _on_white(file if mode == "RGBA" else file.convert("RGBA"))
     if mode == "LAB":
         rgb = ImageCms.applyTransform(file, _lab_to_srgb())
         assert rgb is not None
@@ -53,31 +62,27 @@ def to_rgb(file: ImageFile.ImageFile) -> Image.Image:
         raise NoRuleError(f"pixels of mode {mode}") from error
 
 
-def _full_range(file: ImageFile.ImageFile) -> int:
-    """Gives the value of white of a picture of 9 to 16 bits."""
-    if isinstance(file, TiffImagePlugin.TiffImageFile):
-        bits = file.tag_v2.get(_BITS_PER_SAMPLE, (16,))[0]
-        return (1 << min(max(int(bits), 1), 16)) - 1
-    return 65535
-
-
-def _deep_grey(values: npt.NDArray[Any], white: int, clear: object) -> Image.Image:
-    table = (np.arange(65536) * 255 + white // 2) // white
-    grey = table.clip(0, 255).astype(np.uint8)[np.clip(values, 0, 65535)]
+def _scaled(values: npt.NDArray[Any], white: int, clear: object) -> npt.NDArray[np.uint8]:
+    table = ((np.arange(65536) * 255 + white // 2) // white).clip(0, 255).astype(np.uint8)
+    grey = table.take(values, mode="clip")
     if isinstance(clear, int):
         grey[values == clear] = 255
-    return Image.fromarray(grey).convert("RGB")
+    return grey
 
 
-def _stretched(values: npt.NDArray[Any]) -> Image.Image:
-    finite = values[np.isfinite(values)].astype(np.float64)
-    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+def _stretched(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    low, high = 0.0, 1.0
+    known = np.isfinite(values)
+    if known.any():
+        low, high = float(values[known].min()), float(values[known].max())
     if values.dtype.kind == "f" and low >= 0 and high <= 1:
         low, high = 0.0, 1.0
-    span = high - low if high > low else 1.0
-    known = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
-    scaled = (known - low) / span
-    return Image.fromarray((scaled * 255 + 0.5).astype(np.uint8)).convert("RGB")
+    span = high - low or 1.0
+    grey = np.empty(values.shape, np.uint8)
+    for row, line in enumerate(values):  # in double precision, but never the whole picture
+        line = np.nan_to_num(line.astype(np.float64), nan=low, posinf=high, neginf=low)
+        grey[row] = (line - low) / span * 255 + 0.5
+    return grey
 
 
 def _on_white(image: Image.Image) -> Image.Image:

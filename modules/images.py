@@ -10,12 +10,14 @@ and tells of missing data that Pillow fills with grey in silence. Everything els
 Colour profiles (ICC) are ignored, as TensorFlow's decoders and so the modules' training did.
 """
 
+import ctypes
 import io
 import logging
+import re
 import struct
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,10 +39,35 @@ from hubbeam.modules.errors import ImageError
 from hubbeam.modules.presets import Preset
 from hubbeam.modules.resize import resize_bilinear
 
+
 # Pillow's readers warn of odd metadata (EXIF, animation data) that nobody here looks at, and log
-# what they raise as well. The rest of Pillow keeps its voice.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.\w+ImagePlugin")
+# what they raise as well. Of large pictures our own limits speak; a filter that a host program set
+# for that warning comes first. The rest of Pillow keeps its voice. The filters are looked after at
+# every call, for `warnings.catch_warnings` around an import, as in pytest, takes them away again.
+# (To set and remove them around each call would not be safe in threads.)
+def _silence_pillow() -> None:
+    if _SILENT not in warnings.filters:
+        warnings.filterwarnings("ignore", category=UserWarning, module=_PLUGINS)
+        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning, append=True)
+
+
+_PLUGINS = r"PIL\.\w+ImagePlugin"
+_SILENT = ("ignore", None, UserWarning, re.compile(_PLUGINS), 0)
 logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
+
+
+def _silence_libtiff() -> None:
+    """Stops Pillow's libtiff from printing to stderr what its return values say as well."""
+    try:
+        library = ctypes.CDLL(Image.core.__file__)  # symbols are looked up in what it links to
+        for setter in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
+            setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
+            setter(None)
+    except (AttributeError, OSError):
+        pass  # another build of Pillow: some lines on stderr for a broken TIFF file
+
+
+_silence_libtiff()
 
 # The readers are called by class, not by `Image.open`: so no other reader can be reached, whatever
 # a host program has registered, and none is registered here. (Two of Pillow's global switches still
@@ -148,6 +175,7 @@ def decode(
     kind = sniff(data)
     if kind is None:
         raise ImageError("unsupported_format", f"starts with {data[:8]!r}")
+    _silence_pillow()
     if kind == "JPEG":
         return _decode_jpeg(data, preset, outs, limits)
     return _decode_other(data, kind, preset, outs, limits)
@@ -200,8 +228,10 @@ def _read_jpeg(data: bytes, file: ImageFile.ImageFile, scale: int, preset: Prese
         space = "CMYK"
 
     def read(data: bytes, strict: bool) -> npt.NDArray[np.uint8]:
+        # Room for what the checked header says, and not for what the decoder may find elsewhere.
+        room = np.empty(height * width * len(space), np.uint8)
         pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(
-            data, space, min_height=height, min_width=width, strict=strict
+            data, space, min_height=height, min_width=width, strict=strict, buffer=room
         )
         return pixels
 
@@ -244,7 +274,7 @@ def _decode_other(
     except NoRuleError as error:
         raise ImageError("unsupported_format", f"{kind}: {error}") from error
     except Exception as error:
-        raise _image_error(error, kind) from error
+        raise _image_error(error, kind, data) from error
     box = _central_box(width, height, preset.central_fraction)
     for out in outs:
         _resize(source, box, 1, preset, _stored(out, orientation))
@@ -259,24 +289,30 @@ def _open(data: bytes, kind: str, limits: Limits) -> ImageFile.ImageFile:
     try:
         file = _READERS[kind](stream)
     except Exception as error:
-        if kind in ("JPEG", "TIFF") and _is_variant(error):
-            raise ImageError("unsupported_format", f"{kind}: {error}") from error
-        raise _image_error(error, kind, ended=stream.tell() >= len(data)) from error
+        _refuse_variant(kind, error)
+        # Pillow turns what its readers stumble over into a SyntaxError.
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise _image_error(cause, kind, data, stream) from error
     _check_size(*file.size, limits)
     if kind == "TIFF":
         _check_tiff(file, data, limits)
     return file
 
 
-def _is_variant(error: Exception) -> bool:
-    """Tells whether Pillow understood the file, but has no decoder for this kind of it."""
+def _refuse_variant(kind: str, error: Exception) -> None:
+    """Raises `unsupported_format` where Pillow understood the headers, but cannot decode that."""
     text = str(error)
-    return (
-        text.startswith("cannot handle ")  # JPEG of 12 bits
-        or text == "unknown pixel mode"
-        or text == "unknown data organization"
-        or isinstance(error, KeyError)  # TIFF's compression
-    )
+    if kind == "JPEG" and text.startswith("cannot handle "):
+        what = text.removeprefix("cannot handle ")  # 12 bits
+    elif kind == "TIFF" and text in ("unknown pixel mode", "unknown data organization"):
+        what = text
+    elif kind == "TIFF" and isinstance(error.__cause__, KeyError):
+        what = f"compression {error.__cause__}"
+    elif kind == "BMP" and text.startswith("Unsupported BMP "):
+        what = text.removeprefix("Unsupported BMP ")
+    else:
+        return
+    raise ImageError("unsupported_format", f"{kind}: no decoder for {what}") from error
 
 
 def _check_size(width: int, height: int, limits: Limits) -> None:
@@ -292,7 +328,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     """Reads width and height from the first chunk (developers.google.com, WebP container)."""
     chunk = data[12:16]
     if len(data) < 30:
-        raise ImageError("truncated", "WEBP: the headers end early")
+        raise ImageError("truncated", "WEBP: the header ends early")
     if chunk == b"VP8X":
         return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
     if chunk == b"VP8L":
@@ -305,18 +341,32 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def _check_tiff(file: ImageFile.ImageFile, data: bytes, limits: Limits) -> None:
-    """Refuses TIFF files whose tiles are larger than a picture may be, or lie outside the file."""
+    """Refuses TIFF files whose pixels Pillow would misread or look for beyond the end.
+
+    Tiles count as pictures: room is made for a whole one, however little of it is used.
+    """
     assert isinstance(file, TiffImagePlugin.TiffImageFile)
     tags = file.tag_v2
     try:
         if 322 in tags and 323 in tags:  # TileWidth, TileLength
             _check_size(int(tags[322]), int(tags[323]), limits)
+        if tags.get(262) == 6 and file.tile and file.tile[0][0] == "raw":  # Pillow reads it as RGB
+            raise ImageError("unsupported_format", "TIFF: no decoder for uncompressed YCbCr")
         for offsets, counts in ((273, 279), (324, 325)):  # of strips, of tiles
             pairs = zip(tags.get(offsets, ()), tags.get(counts, ()), strict=False)
             if any(offset + count > len(data) for offset, count in pairs):
                 raise ImageError("truncated", "TIFF: pixels lie beyond the end of the file")
-    except (TypeError, ValueError) as error:
-        raise ImageError("corrupt", f"TIFF: {error}") from error
+    except Exception as error:  # tags are parsed when they are asked for
+        raise _image_error(error, "TIFF", data) from error
+
+
+def _tiff_directory_end(data: bytes) -> int:
+    """Tells where the first image file directory ends (TIFF 6.0, and BigTIFF's wider fields)."""
+    order: Literal["little", "big"] = "little" if data.startswith(b"II") else "big"
+    big = b"+" in data[2:4]
+    start = int.from_bytes(data[8:16] if big else data[4:8], order)
+    count = int.from_bytes(data[start : start + (8 if big else 2)], order)
+    return start + (8 + 20 * count + 8 if big else 2 + 12 * count + 4)
 
 
 def _orientation(file: ImageFile.ImageFile) -> int:
@@ -376,18 +426,24 @@ def _resize(
     out[...] = np.asarray(small)
 
 
-def _image_error(error: Exception, kind: str, *, ended: bool = False) -> ImageError:
-    """Finds the reason for a reader's failure; `ended`: it had come to the end of the file."""
+def _image_error(
+    error: Exception, kind: str, data: bytes = b"", stream: io.BytesIO | None = None
+) -> ImageError:
+    """Finds the reason for a reader's failure (at the place in `stream`, if that is known)."""
     if isinstance(error, ImageError):
         return error
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, MemoryError):
         return ImageError("corrupt", f"{kind}: the reader asked for too much memory")
-    if isinstance(error, Image.DecompressionBombError):
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return ImageError("too_many_pixels", f"{kind}: {text}")
-    early = isinstance(error, EOFError) or (
-        ended and isinstance(error, (struct.error, IndexError, OSError))
-    )
+    early = isinstance(error, EOFError)
+    if kind == "WEBP":  # read in one piece; RIFF says how long it should be
+        early = int.from_bytes(data[4:8], "little") + 8 > len(data)
+    elif kind == "TIFF":
+        early |= _tiff_directory_end(data) > len(data)
+    elif stream is not None and stream.tell() >= len(data):
+        early = isinstance(error, (EOFError, IndexError, OSError, struct.error))
     if early or "truncated" in text.lower() or "premature end" in text.lower():
         return ImageError("truncated", f"{kind}: {text}")
     return ImageError("corrupt", f"{kind}: {text}")

@@ -6,6 +6,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+# Output rows at a time: what is computed on the way then stays in the cache, and numpy need not
+# fetch fresh pages from the system for each picture, which takes four times as long as the rest.
+_ROWS = 32
+
+_TO_UNIT = np.float32(1 / 255)
+
 
 class _Axis(NamedTuple):
     """Where each output position lies on an input side.
@@ -59,14 +65,21 @@ def resize_bilinear(
     height, width = out.shape[:2]
     y = _axis(bottom - top, height, half_pixel)
     x = _axis(right - left, width, half_pixel)
-    rows = image.view(np.uint32)[:, :, 0].take(y.places + top, axis=0)
-    columns = rows.take(x.places + left, axis=1).view(np.uint8)  # [2 h, 2 w * 4]
-    before = columns[:, : 4 * width].astype(np.float32)
-    after = columns[:, 4 * width :] - before
-    after *= np.repeat(x.weight, 4)
-    before += after
-    above, below = before[:height], before[height:]
-    below -= above
-    below *= y.weight[:, None]
-    above += below
-    np.multiply(above.reshape(height, width, 4)[:, :, :3], np.float32(1 / 255), out=out)
+    words = image.view(np.uint32)[:, :, 0]
+    x_places, x_weight = x.places + left, np.repeat(x.weight, 4)
+    for start in range(0, height, _ROWS):
+        part = slice(start, min(start + _ROWS, height))
+        count = part.stop - part.start
+        y_places = np.concatenate([y.places[:height][part], y.places[height:][part]]) + top
+        columns = words.take(y_places, axis=0).take(x_places, axis=1).view(np.uint8)
+        before = columns[:, : 4 * width].astype(np.float32)
+        after = columns[:, 4 * width :] - before
+        after *= x_weight
+        before += after
+        above, below = before[:count], before[count:]
+        below -= above
+        below *= y.weight[part, None]
+        above += below
+        pixels = above.reshape(count, width, 4)
+        for channel in range(3):
+            np.multiply(pixels[:, :, channel], _TO_UNIT, out=out[part, :, channel])
