@@ -35,6 +35,8 @@ Values = Mapping[str, np.ndarray]
 IMAGENET_CLASSES = 1001  # of TF-Slim's checkpoints: ImageNet's 1000 and, first, "background"
 _HUB1_MARK = b"\x08\x03"  # a ModuleDef with format = FORMAT_V3 (tensorflow_hub/module_def.proto)
 
+_INFERENCE_ONLY = "a quantops module has the inference graph only: it takes no training=True"
+
 
 def build_module(
     spec: ModuleSpec,
@@ -281,6 +283,9 @@ def _write_tf2(network: Network, values: Values, folder: Path, main: str) -> Non
         return network.build(images, lambda spec: variables[spec.name], training=training)
 
     def call(images: Tensor, training: bool = False) -> Tensor:
+        if training and network.quantops:
+            tf.debugging.Assert(tf.constant(False), [_INFERENCE_ONLY])
+            training = False
         return getattr(build(images, training), main)
 
     def signature(name: str) -> Any:
@@ -288,7 +293,7 @@ def _write_tf2(network: Network, values: Values, folder: Path, main: str) -> Non
 
     images = network.input_spec()
     called = tf.function(call, autograph=False)
-    for training in (False,) if network.quantops else (False, True):
+    for training in (False, True):
         called.get_concrete_function(images, training=training)
     module = tf.train.Checkpoint()
     module.__call__ = called

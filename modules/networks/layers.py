@@ -29,8 +29,8 @@ class VariableSpec(NamedTuple):
       shape: all float32.
       trainable: False for batch-norm statistics and other state.
       fan_in: how many inputs are summed for one output, for weights; None for all other variables.
-      gain: of weights: before training their variance is ``gain / fan_in``, which keeps the scale of
-        activations (He et al. 2015): 2 where the input comes from a rectifier, else 1.
+      gain: of weights: before training their variance is ``gain / fan_in``, which keeps the scale
+        of activations (He et al. 2015): 2 where the input comes from a rectifier, else 1.
       fill: the initial value of variables that are not weights.
       l2: weight decay: ``l2 * sum(w**2) / 2`` is added to the training loss; 0 for none.
     """
