@@ -10,6 +10,8 @@ from PIL import Image, ImageCms, ImageFile, TiffImagePlugin
 # TIFF 6.0's tags.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 
+_BLOCK = 1 << 20
+
 
 class NoRuleError(ValueError):
     """Pixels of a kind for which there is no rule."""
@@ -79,9 +81,14 @@ def _stretched(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
         low, high = 0.0, 1.0
     span = high - low or 1.0
     grey = np.empty(values.shape, np.uint8)
-    for row, line in enumerate(values):  # in double precision, but never the whole picture
-        line = np.nan_to_num(line.astype(np.float64), nan=low, posinf=high, neginf=low)
-        grey[row] = (line - low) / span * 255 + 0.5
+    flat, flat_grey = values.reshape(-1), grey.reshape(-1)
+    for start in range(0, flat.size, _BLOCK):  # in double precision, but never the whole picture
+        part = flat[start : start + _BLOCK].astype(np.float64)
+        part = np.nan_to_num(part, copy=False, nan=low, posinf=high, neginf=low)
+        part -= low
+        part *= 255 / span
+        part += 0.5
+        flat_grey[start : start + _BLOCK] = part
     return grey
 
 

@@ -11,6 +11,7 @@ Colour profiles (ICC) are ignored, as TensorFlow's decoders and so the modules' 
 """
 
 import ctypes
+import importlib
 import io
 import logging
 import re
@@ -59,7 +60,8 @@ logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
 def _silence_libtiff() -> None:
     """Stops Pillow's libtiff from printing to stderr what its return values say as well."""
     try:
-        library = ctypes.CDLL(Image.core.__file__)  # symbols are looked up in what it links to
+        # A symbol is looked up in all that the library links to.
+        library = ctypes.CDLL(importlib.import_module("PIL._imaging").__file__)
         for setter in (library.TIFFSetErrorHandler, library.TIFFSetWarningHandler):
             setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
             setter(None)

@@ -6,6 +6,7 @@ import pytest
 
 from hubbeam.modules.errors import ConfigError
 from hubbeam.modules.presets import JpegScaling, Preset, load_preset, preset_names
+from hubbeam.modules.spec import load_spec, spec_names
 
 
 def test_shipped_presets():
@@ -116,3 +117,11 @@ def test_jpeg_scaling_rule(size, target, expected):
     assert scale == 1 or all(
         have / scale >= max(448, 2 * want) for have, want in zip(size, target, strict=True)
     )
+
+
+def test_our_modules_share_one_scaled_decode():
+    scaling = load_preset("photo").jpeg_scaling
+    assert scaling is not None
+    sizes = [load_spec(name).image_size for name in spec_names()]
+    assert len(sizes) == 5
+    assert scaling.floor >= scaling.factor * max(sizes)
