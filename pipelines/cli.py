@@ -135,7 +135,7 @@ def extract(
     flags["modules"] = module
     flags["inputs"] = inputs
     options = load_options(config, {k: v for k, v in flags.items() if v not in (None, [])})
-    _calm(verbose)
+    _calm(verbose, quiet)
     beam_args: list[str] = context.obj or []
     console = Console(stderr=True, quiet=quiet)
 
@@ -169,15 +169,15 @@ def _round_up(fraction: float) -> float:
     return -(-fraction * 1000 // 1) / 1000
 
 
-def _calm(verbose: bool) -> None:
-    """Keeps the start-up noise of TensorFlow and Beam out of sight, before they are imported."""
+def _calm(verbose: bool, quiet: bool) -> None:
+    """Keeps the start-up noise of TensorFlow, Beam and gRPC out of sight, before their import."""
     if verbose:
         logging.basicConfig(level=logging.INFO)
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    logging.basicConfig(level=logging.ERROR)
-    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
-    logging.getLogger("root").setLevel(logging.CRITICAL)
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    logging.basicConfig(level=logging.CRITICAL, format="hubbeam: %(message)s")
+    logging.getLogger("hubbeam").setLevel(logging.WARNING if quiet else logging.INFO)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ file reached by two spellings is one uri. Links to folders are followed, except 
 back to a folder above them. Pipes, sockets and devices are never opened.
 """
 
+import errno
 import logging
 import os
 import queue
@@ -73,6 +74,7 @@ IMAGE_EXTENSIONS = frozenset(
 _BATCH_ROWS = 8192
 _THREADS = 16  # listing waits for storage, not for the processor
 _GCS_RANGES = 16
+_SCHEME = re.compile(r"([a-zA-Z][-a-zA-Z0-9+.]*)://")
 _MAGIC = re.compile(r"[*?\[]")
 
 
@@ -158,6 +160,7 @@ def _start(number: int, text: str) -> "list[_Task]":
     scheme = FileSystems.get_scheme(text)
     if scheme is None or scheme.lower() == "file":
         return [_start_local(number, text)]
+    text = text.strip()
     check_filesystem(text)
     if scheme == "gs":
         return [_Task(number, lambda: _list_gcs(number, text))]
@@ -266,7 +269,7 @@ def _start_local(number: int, text: str) -> _Task:
             os.stat(path)  # noqa: PTH116
         except PermissionError:
             raise ConfigError(f"cannot reach {text!r}: permission denied in {parent!r}") from None
-        except OSError:
+        except (OSError, ValueError):
             pass
         raise ConfigError(f"there is no file or folder {text!r}")
     pattern = [part for part in path.split("/") if part]
@@ -288,6 +291,8 @@ def _checked_row(path: str, look: Callable[[], os.stat_result]) -> _Row:
         info = look()
     except OSError as e:
         return _row_of_error(path, e)
+    except ValueError as e:  # a NUL in the name
+        return _Row(path, None, None, "not_found", str(e))
     if not stat.S_ISREG(info.st_mode):
         kind = "a folder" if stat.S_ISDIR(info.st_mode) else "a pipe, socket or device"
         return _Row(path, None, None, "not_found", f"is {kind}, not a file")
@@ -310,7 +315,7 @@ def _row_of_error(path: str, error: OSError) -> _Row:
         reason = "not_found"
         if os.path.islink(path):  # noqa: PTH114
             return _Row(path, None, None, reason, "the link leads to nothing")
-    elif error.errno == 40:  # ELOOP
+    elif error.errno == errno.ELOOP:
         return _Row(path, None, None, "not_found", "the link leads in a circle")
     else:
         reason = "read_failed"
@@ -415,7 +420,7 @@ def _glob(number: int, folder: str, pattern: Sequence[str]) -> Iterator[_Row | _
             continue
         try:
             if len(rest) > 1:
-                if entry.is_dir():
+                if entry.is_dir() and not (entry.is_symlink() and _leads_back(entry.path)):
                     yield _Task(number, _glob_later(number, entry.path, rest[1:]))
             elif not entry.is_dir() and (entry.is_file() or _is_dead_link(entry)):
                 yield _checked_row(entry.path, entry.stat)
@@ -470,7 +475,8 @@ def _list_gcs(number: int, uri: str) -> Iterator[_Row | _Task]:
 
 
 def _ask(uri: str, request: Callable[[], Any]) -> Any:
-    from google.api_core.exceptions import Forbidden, GoogleAPICallError, NotFound, Unauthorized
+    from google.api_core.exceptions import Forbidden, GoogleAPIError, NotFound, Unauthorized
+    from google.auth.exceptions import GoogleAuthError
 
     try:
         return request()
@@ -478,7 +484,7 @@ def _ask(uri: str, request: Callable[[], Any]) -> Any:
         raise ConfigError(f"may not list {uri!r}: {e.message}") from e
     except NotFound as e:
         raise ConfigError(f"cannot list {uri!r}: {e.message}") from e
-    except GoogleAPICallError as e:
+    except (GoogleAPIError, GoogleAuthError) as e:
         raise ConfigError(f"cannot list {uri!r}: {e}") from e
 
 
@@ -605,6 +611,8 @@ def _run(tasks: "list[_Task]", found: list[int]) -> Iterator[pa.RecordBatch]:
                     busy += 1
                 try:
                     for item in task.run():
+                        if stop:
+                            return
                         if isinstance(item, _Task):
                             with state:
                                 todo.append(item)
@@ -615,8 +623,6 @@ def _run(tasks: "list[_Task]", found: list[int]) -> Iterator[pa.RecordBatch]:
                         if len(rows) >= _BATCH_ROWS:
                             put(_batch(rows))
                             rows = []
-                        if stop:
-                            return
                 finally:
                     with state:
                         busy -= 1
@@ -763,19 +769,23 @@ def _numbered(table: str, file: BinaryIO, columns: Iterator[pa.Array]) -> _Uris:
                 raise ConfigError(f"cannot read the table {table!r}: {e}") from e
             if column is None:
                 return
-            yield first, column.cast(pa.string())
+            column = column.cast(pa.string())
+            try:
+                column.validate(full=True)
+            except pa.ArrowInvalid:  # not UTF-8: rejects, row by row
+                column = column.cast(pa.binary())
+            yield first, column
             first += len(column)
 
 
 def _text_uris(table: str) -> _Uris:
     with files.open_read(table) as file:
-        lines: list[str] = []
+        lines: list[bytes] = []
         first = 1
         for line in file:
             if first == 1 and not lines:
                 line = line.removeprefix(b"\xef\xbb\xbf")
-            text = os.fsdecode(line.removesuffix(b"\n").removesuffix(b"\r"))
-            lines.append(text)
+            lines.append(line.removesuffix(b"\n").removesuffix(b"\r"))
             if len(lines) == _BATCH_ROWS:
                 yield first, _text_array(lines)
                 first += len(lines)
@@ -783,9 +793,12 @@ def _text_uris(table: str) -> _Uris:
         yield first, _text_array(lines)
 
 
-def _text_array(lines: Iterable[str]) -> pa.Array:
-    # Names that are not UTF-8 stay what they are, as bytes.
-    return pa.array([os.fsencode(line) for line in lines if line.strip()], pa.binary())
+def _text_array(lines: Iterable[bytes]) -> pa.Array:
+    array = pa.array([line for line in lines if line.strip()], pa.binary())
+    try:
+        return array.cast(pa.string())
+    except pa.ArrowInvalid:  # not UTF-8: rejects, row by row
+        return array
 
 
 def _table_rows(table: str, uris: _Uris) -> Iterator[pa.RecordBatch]:
@@ -808,11 +821,13 @@ def _table_rows(table: str, uris: _Uris) -> Iterator[pa.RecordBatch]:
 
 
 def _check_cells(table: str, first: int, column: pa.Array, checked: set[str]) -> None:
-    if not pa.types.is_string(column.type):
-        return
-    empty = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(column), ""), True)
+    is_text = pa.types.is_string(column.type)
+    trimmed = pc.utf8_trim_whitespace(column) if is_text else column
+    empty = pc.fill_null(pc.equal(pc.binary_length(trimmed), 0), True)
     if (at := pc.index(empty, True).as_py()) >= 0:
         raise ConfigError(f"{table!r}: row {first + at} has no uri")
+    if not is_text:
+        return
     schemes = pc.struct_field(pc.extract_regex(column, r"^(?P<s>[a-zA-Z][-a-zA-Z0-9+.]*)://"), "s")
     for scheme in pc.unique(schemes).to_pylist():
         if scheme is not None and scheme not in checked and scheme.lower() != "file":
@@ -828,8 +843,8 @@ def _table_batch(column: pa.Array) -> pa.RecordBatch:
     rows = []
     for value in column.to_pylist():
         uri = os.fsdecode(value) if isinstance(value, bytes) else value
-        scheme = FileSystems.get_scheme(uri)
-        if scheme is None or scheme.lower() == "file":
+        scheme = _SCHEME.match(uri)
+        if scheme is None or scheme.group(1).lower() == "file":
             rows.append(_look_up(local_path(uri)))
         else:
             try:

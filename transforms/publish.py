@@ -115,6 +115,7 @@ def publish(job: ExtractJob, reports: Iterable[ShardReport]) -> RunReport:
         if job.planned.meaning.format == "tfrecord":
             schema = {
                 "features": tfrecord_features(module.width),
+                "compression": job.planned.meaning.compression,
                 METADATA_KEY: dataset_metadata(job, module),
             }
             files.write_bytes(files.join(job.output, module.name, SCHEMA_FILE), _to_json(schema))

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from hubbeam.modules.engines.base import Engine
+from hubbeam.modules.engines.tensorflow import import_tensorflow
 from hubbeam.modules.spec import ResolvedModule
 from hubbeam.transforms import files
 from hubbeam.transforms.job import ExtractJob
@@ -142,9 +143,7 @@ class _TFRecordShard:
     """Writes one ``tf.train.Example`` a row; the first of a file also holds its metadata."""
 
     def __init__(self, path: str, metadata: dict[str, Any], compression: str):
-        import tensorflow as tf
-
-        self._tf = tf
+        tf = self._tf = import_tensorflow()
         self._metadata: str | None = json.dumps(metadata)
         self._writer = tf.io.TFRecordWriter(path, options="GZIP" if compression == "gzip" else None)
 
@@ -276,8 +275,7 @@ def tfrecord_features(width: int) -> dict[str, dict[str, Any]]:
 
 
 def _read_tfrecord(path: str, columns: Sequence[str]) -> tuple[pa.Table, dict[str, Any]]:
-    import tensorflow as tf
-
+    tf = import_tensorflow()
     rows: list[dict[str, Any]] = []
     metadata: dict[str, Any] = {}
     compression = "GZIP" if path.endswith(".gz") else ""
