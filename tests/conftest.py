@@ -1,7 +1,10 @@
 """Fixtures of all tests: the material in ``../shared``, a store with the original module, photos."""
 
+import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -49,3 +52,25 @@ def photos() -> Path:
 def labelled(shared: Path) -> list[Path]:
     """200 photographs of 40 ImageNet classes, sorted by name."""
     return sorted((shared / "images" / "labelled").glob("*.jpg"))
+
+
+@pytest.fixture(scope="session")
+def gcs_emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """A storage emulator on loopback, which all clients of this process and its children use."""
+    spec = importlib.util.spec_from_file_location("gcs", Path(__file__).with_name("gcs.py"))
+    assert spec is not None and spec.loader is not None
+    gcs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gcs)
+    with (
+        gcs.running(tmp_path_factory.mktemp("gcs")) as environment,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield gcs
+
+
+@pytest.fixture
+def gcs_bucket(gcs_emulator: ModuleType) -> str:
+    """A new, empty bucket, ``gs://name``, in the emulator."""
+    return str(gcs_emulator.make_bucket())
