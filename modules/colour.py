@@ -76,7 +76,8 @@ def _stretched(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     low, high = 0.0, 1.0
     known = np.isfinite(values)
     if known.any():
-        low, high = float(values[known].min()), float(values[known].max())
+        some = values if known.all() else values[known]  # a copy only where it must be
+        low, high = float(some.min()), float(some.max())
     if values.dtype.kind == "f" and low >= 0 and high <= 1:
         low, high = 0.0, 1.0
     span = high - low or 1.0

@@ -72,8 +72,9 @@ def _silence_libtiff() -> None:
 _silence_libtiff()
 
 # The readers are called by class, not by `Image.open`: so no other reader can be reached, whatever
-# a host program has registered, and none is registered here. (Two of Pillow's global switches still
-# work on some formats: `ImageFile.LOAD_TRUNCATED_IMAGES` should be off, as it is by default.)
+# a host program has registered. (Two of Pillow's global switches still reach formats other than
+# JPEG: `ImageFile.LOAD_TRUNCATED_IMAGES` must stay off, as it is by default, or cut files are
+# filled with grey; GIF and TIFF files of more than twice `Image.MAX_IMAGE_PIXELS` are refused.)
 _READERS: dict[str, type[ImageFile.ImageFile]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,
     "PNG": PngImagePlugin.PngImageFile,
@@ -229,28 +230,32 @@ def _read_jpeg(data: bytes, file: ImageFile.ImageFile, scale: int, preset: Prese
     if file.mode == "CMYK":
         space = "CMYK"
 
-    def read(data: bytes, strict: bool) -> npt.NDArray[np.uint8]:
+    def read(data: bytes) -> npt.NDArray[np.uint8]:
         # Room for what the checked header says, and not for what the decoder may find elsewhere.
         room = np.empty(height * width * len(space), np.uint8)
         pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(
-            data, space, min_height=height, min_width=width, strict=strict, buffer=room
+            data, space, min_height=height, min_width=width, strict=True, buffer=room
         )
         return pixels
 
     try:
         try:
-            pixels = read(data, strict=True)
+            pixels = read(data)
         except ValueError as error:
             # Strict means that libjpeg's warnings are errors. Some writers leave out the end
             # marker: with it put there, a whole picture gives no warning any more. (Of a
             # progressive file nobody knows then whether further scans are missing.)
             text = str(error).lower()
             if "premature end of jpeg file" in text and not file.info.get("progressive"):
-                pixels = read(data + b"\xff\xd9", strict=True)
+                pixels = read(data + b"\xff\xd9")
             elif "premature end" in text:
                 raise
-            else:  # stray bytes and the like: as browsers, Pillow and TensorFlow do
-                pixels = read(data, strict=False)
+            else:  # stray bytes and the like, which Pillow, browsers and TensorFlow pass over
+                again = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+                if scale > 1:
+                    again.draft(None, (again.width // scale, again.height // scale))
+                again.load()
+                return _source(to_rgb(again), preset)
     except Exception as error:
         raise _image_error(error, "JPEG") from error
     if pixels.shape[:2] != (height, width):

@@ -227,8 +227,18 @@ def test_missing_end_marker_costs_no_image():
     data = saved(scene(), "JPEG")
     assert data.endswith(b"\xff\xd9")
     np.testing.assert_array_equal(pixels(data[:-2]), pixels(data))
-    stray = data[:-2] + b"\0" * 20 + b"\xff\xd9"
-    np.testing.assert_array_equal(pixels(stray), pixels(data))
+
+
+def test_harmless_oddities_of_jpeg_cost_no_image():
+    data = saved(scene(2000, 1500), "JPEG")
+    version = data.index(b"JFIF\0") + 5
+    for odd in (
+        data[:-2] + b"\0" * 20 + b"\xff\xd9",  # stray bytes before the end marker
+        data + b"appended",
+        data[:version] + b"\7" + data[version + 1 :],  # JFIF 7.1
+    ):
+        np.testing.assert_array_equal(pixels(odd), pixels(data))
+        np.testing.assert_array_equal(photo(odd), photo(data))  # a scaled decode
 
 
 def test_limits():
