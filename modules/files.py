@@ -56,7 +56,7 @@ def _gcs() -> Any:
 def _gcs_at(emulator: str) -> Any:
     from pyarrow.fs import GcsFileSystem
 
-    patience = timedelta(minutes=2)
+    patience = timedelta(seconds=60)
     if not emulator:
         return GcsFileSystem(retry_time_limit=patience)
     scheme, _, host = emulator.rpartition("://")

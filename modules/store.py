@@ -416,10 +416,6 @@ def resolve_folder(folder: str | Path, signature: str | None = None) -> Resolved
 class DamagedError(ConfigError):
     """An entry of the store is not what it was when it was written."""
 
-    def __init__(self, message: str, place: str):
-        super().__init__(message)
-        self.place = place
-
 
 def _entry(handle: str, source: str, folder: Path, info: ModuleInfo) -> Entry:
     files = hash_files(folder)
@@ -435,9 +431,9 @@ def _entry(handle: str, source: str, folder: Path, info: ModuleInfo) -> Entry:
 
 
 def _damaged(place: str, entry: Entry | None, fault: str) -> DamagedError:
-    again = f"`hubbeam modules fetch {entry.handle}`" if entry else "`hubbeam modules fetch`"
+    again = f"hubbeam modules fetch {_wanted(entry.handle).asked if entry else 'MODULE'}"
     return DamagedError(
-        f"the store entry {place} is damaged: {fault}; fetch the module again with {again}", place
+        f"the store entry {place} is damaged: {fault}; `{again}` fetches the module again"
     )
 
 

@@ -282,6 +282,18 @@ def test_tf_hubs_compressed_protocol(server: Server, packed: bytes, tmp_path: Pa
     assert store.resolve(module.handle) == module
 
 
+def test_a_damaged_entry_is_fetched_again(server: Server, packed: bytes, tmp_path: Path) -> None:
+    server.files["/net.tar.gz"] = packed
+    store, url = Store(tmp_path), f"{server.url}/net.tar.gz"
+    module, fetched = store.fetch(url)
+    assert fetched and store.fetch(url) == (module, False)
+    _flip(Path(module.entry) / "module" / "saved_model.pb")
+    with pytest.raises(ConfigError, match=f"`hubbeam modules fetch {url}` fetches"):
+        store.resolve(url)
+    assert store.fetch(url) == (module, True)
+    assert store.resolve(url) == module
+
+
 def test_mirrors_are_tried_in_order(server: Server, packed: bytes, tmp_path: Path) -> None:
     server.files["/b.tar.gz"] = b"<!DOCTYPE html><title>Log in</title>"
     server.files["/c.tar.gz"] = packed
