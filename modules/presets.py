@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pydantic
 import yaml
+
 from hubbeam.modules.errors import ConfigError
 
 # Raised whenever the code below `decode` gives other pixels for the same preset: vectors of
