@@ -17,7 +17,7 @@ from typing import Any
 import apache_beam as beam
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hubbeam.modules.engines import choose_engine
+from hubbeam.modules.engines import ENGINES, choose_engine
 from hubbeam.modules.engines.base import EngineChoice
 from hubbeam.modules.errors import ConfigError, RunError
 from hubbeam.modules.images import Limits
@@ -113,6 +113,7 @@ def run_extract(options: ExtractOptions, beam_args: list[str], watch: Any = None
         stack.enter_context(_only_one(output))
         planned = _unfinished(output, meaning, options.overwrite)
         replaces = _check_output(output, meaning, planned, options.overwrite)
+        engines = _choose_engines(meaning, options, runner)
         if planned is None:
             planned = _plan_in(output, meaning, replaces, runner)
         else:
@@ -125,7 +126,7 @@ def run_extract(options: ExtractOptions, beam_args: list[str], watch: Any = None
         job = ExtractJob(
             output=output,
             planned=planned,
-            engines=_choose_engines(meaning, options, runner),
+            engines=engines,
             store=options.store,
             batch_size=options.batch_size,
             max_reject_fraction=options.max_reject_fraction,
@@ -149,6 +150,8 @@ def resolve(options: ExtractOptions, runner: Runner) -> Meaning:
     Raises:
       ConfigError: a module, signature or preset cannot be had, or workers could not reach them.
     """
+    if options.engine not in ENGINES:
+        raise ConfigError(f"no engine {options.engine!r}: there are {', '.join(ENGINES)}")
     store = Store(options.store)
     preset = load_preset(options.preset)
     modules = tuple(

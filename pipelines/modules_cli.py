@@ -209,6 +209,9 @@ def build(
 ) -> None:
     """Build a module from its TF-Slim checkpoint."""
     spec = load_spec(module)
+    from hubbeam.modules.engines.tensorflow import import_tensorflow
+
+    import_tensorflow()  # without its notices, before `build` imports it
     from hubbeam.modules.build import build_module
 
     with download_progress() as progress:

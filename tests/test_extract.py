@@ -1,6 +1,5 @@
 """The main job, end to end: real module, real files, a real runner."""
 
-import glob
 import json
 import subprocess
 import sys
@@ -171,7 +170,7 @@ def test_tfrecord(
     )
     schema = json.loads((tmp_path / "out" / MODULE / "schema.json").read_bytes())
     spec = {name: tf.io.FixedLenFeature(**kind) for name, kind in schema["features"].items()}
-    files = sorted(glob.glob(f"{tmp_path}/out/{MODULE}/vectors-*"))
+    files = sorted(str(file) for file in (tmp_path / "out" / MODULE).glob("vectors-*"))
     kind = "GZIP" if compression == "gzip" else ""
     records = tf.data.TFRecordDataset(files, kind).batch(16)
     rows = [tf.io.parse_example(batch, spec) for batch in records]
@@ -201,9 +200,9 @@ def test_every_nasty_file_is_accounted_for(store: Store, shared: Path, tmp_path:
         "sys.exit(code)"
     )
     arguments = ["extract", *nasty, *good, images / "orientation", "--store", store.root]
+    arguments += ["-m", MODULE, "-o", output, "--max-reject-fraction", "0.5"]
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments, "-m", MODULE, "-o", output]
-        + ["--max-reject-fraction", "0.5"],
+        [sys.executable, "-c", code, *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -282,7 +281,7 @@ def test_overwrite_replaces_only_with_what_is_whole(
 
 
 def test_two_modules_share_a_run(store: Store, photos: Path, tmp_path: Path) -> None:
-    """The second one fails on white pictures and gives NaN for black ones: only its own are lost."""
+    """One fails on white pictures and gives NaN for black ones: only its own are lost."""
     from PIL import Image
 
     picky = write_picky_module(tmp_path / "picky")

@@ -1,0 +1,152 @@
+"""A run that is cut off is taken up where it stopped, and gives what an undisturbed one gives."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from hubbeam.modules.errors import ConfigError
+from hubbeam.modules.store import Store
+from hubbeam.pipelines import extract
+from hubbeam.pipelines.options import ExtractOptions
+from hubbeam.transforms.publish import RunReport
+
+MODULE = "mobilenet_v2_050_224"
+
+
+def options(store: Store, images: Path, output: Path, **changes: object) -> ExtractOptions:
+    return ExtractOptions.model_validate(
+        {
+            "inputs": (str(images),),
+            "modules": (MODULE,),
+            "output": str(output),
+            "store": store.root,
+            "shards": 10,
+            **changes,
+        }
+    )
+
+
+def run(store: Store, images: Path, output: Path, **changes: object) -> RunReport:
+    return extract.run_extract(options(store, images, output, **changes), [])
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(output)): path.read_bytes()
+        for path in output.rglob("*")
+        if path.is_file() and path.name != "run.json"
+    }
+
+
+@pytest.fixture(scope="module")
+def inputs(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The labelled photographs and a broken one."""
+    folder = tmp_path_factory.mktemp("inputs")
+    for photo in (shared / "images" / "labelled").glob("*.jpg"):
+        (folder / photo.name).symlink_to(photo)
+    (folder / "a broken one.jpg").write_bytes(b"\xff\xd8\xff nothing")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(store: Store, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert run(store, inputs, output).published
+    return output
+
+
+@pytest.fixture(scope="module")
+def killed(store: Store, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run that was killed with SIGKILL after its first shards."""
+    output = tmp_path_factory.mktemp("killed") / "out"
+    arguments = ["extract", inputs, "-m", MODULE, "-o", output, "--store", store.root]
+    command = [sys.executable, "-m", "hubbeam.pipelines", *arguments, "--shards", "10"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(list(output.glob(f"{MODULE}/vectors-*"))) < 2:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    return output
+
+
+def test_killed_run_is_taken_up(
+    store: Store, inputs: Path, killed: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    assert not list(killed.rglob("_SUCCESS")) and not (killed / "run.json").exists()
+    finished = {p: p.stat().st_mtime_ns for p in killed.glob(f"{MODULE}/vectors-*")}
+    assert 2 <= len(finished) < 10
+
+    for other in (
+        {"preset": "hub"},
+        {"format": "tfrecord"},
+        {"inputs": (str(inputs / "n0*"),)},
+        {"signature": "default"},
+    ):
+        key = "modules" if "signature" in other else next(iter(other))
+        with pytest.raises(ConfigError, match=rf"unfinished run that differs \(.*{key}: "):
+            extract.run_extract(options(store, inputs, killed, **other), [])
+    # What a killed writer leaves.
+    (killed / MODULE / ".vectors-00009-of-00010.parquet.1-abcd.tmp").write_bytes(b"half")
+
+    report = run(store, inputs, killed)
+    assert report.published and report.shards_kept == len(finished)
+    assert report.images_kept == sum(
+        pq.read_metadata(path).num_rows + (path.name.startswith("vectors-00000"))
+        for path in finished
+    )
+    assert finished.items() <= {p: p.stat().st_mtime_ns for p in killed.rglob("*")}.items()
+    assert contents(killed) == contents(undisturbed)
+
+
+def test_damaged_shards_are_computed_again(
+    store: Store, inputs: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    report = run(store, inputs, output, max_reject_fraction=0)
+    assert not report.published  # for the broken picture, so that all shards are there
+    shards = sorted(output.glob(f"{MODULE}/vectors-*"))
+    shards[1].unlink()
+    shards[2].write_bytes(shards[2].read_bytes()[:-100])
+    damaged = bytearray(shards[3].read_bytes())
+    damaged[len(damaged) // 2] ^= 1  # a single bit of a vector
+    shards[3].write_bytes(damaged)
+    shards[4].write_bytes(shards[5].read_bytes())
+    (output / "rejects" / "rejects-00000-of-00010.parquet").unlink()
+    report = run(store, inputs, output)
+    assert report.published and report.shards_kept == 5
+    assert contents(output) == contents(undisturbed)
+
+
+def test_two_runs_in_one_output_are_refused(store: Store, inputs: Path, tmp_path: Path) -> None:
+    with (
+        extract._only_one(str(tmp_path / "out")),
+        pytest.raises(ConfigError, match="another run is working"),
+    ):
+        run(store, inputs, tmp_path / "out")
+
+
+def test_publication_that_was_cut_off_is_finished(
+    store: Store, inputs: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Overwriting dies after some files were moved: nothing is computed again, nothing is lost."""
+    output = tmp_path / "out"
+    run(store, inputs / "n01443537*.jpg", output, shards=2)
+    report = run(store, inputs, output, overwrite=True, max_reject_fraction=0)
+    assert not report.published
+    new = output / ".hubbeam" / "new" / MODULE
+    for shard in (0, 1, 2):
+        name = f"vectors-{shard:05d}-of-00010.parquet"
+        (new / name).replace(output / MODULE / name)
+    (output / MODULE / "_SUCCESS").unlink()
+    report = run(store, inputs, output, overwrite=True)
+    assert report.published and report.shards_kept == 10
+    assert contents(output) == contents(undisturbed)
