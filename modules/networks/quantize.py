@@ -76,8 +76,8 @@ class QuantizedLayers(Layers):
                 weights *= tf.reshape(factor, (channels, filters)) if depthwise else factor
         elif bias:
             biases = self.variable("biases", (outputs,))
-        # Before training, weights lie within two standard deviations of sqrt(2 / fan_in).
-        reach = 3.0 * math.sqrt(2.0 / (height * width * (1 if depthwise else channels)))
+        # What an untrained network needs: its weights are uniform within this reach.
+        reach = math.sqrt(6.0 / (height * width * (1 if depthwise else channels)))
         weights = self._fake_quantize(weights, WEIGHTS, -reach, reach, narrow_range=True)
         x = convolve(x, weights)
         if biases is not None:
