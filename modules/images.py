@@ -17,7 +17,8 @@ import logging
 import re
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -148,8 +149,20 @@ def sniff(data: bytes) -> str | None:
 _BMP_HEADERS = {struct.pack("<I", size) for size in (12, 40, 52, 56, 64, 108, 124)}
 
 
+Reserve = Callable[[int], AbstractContextManager[object]]
+"""Waits until so many bytes may be used, and keeps them reserved inside its context."""
+
+
+def _reserve_nothing(_: int) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
 def decode(
-    data: bytes, preset: Preset, outs: Sequence[npt.NDArray[Any]], limits: Limits = _DEFAULT
+    data: bytes,
+    preset: Preset,
+    outs: Sequence[npt.NDArray[Any]],
+    limits: Limits = _DEFAULT,
+    reserve: Reserve = _reserve_nothing,
 ) -> Picture:
     """Decodes an image file (the first picture in it) into the inputs of modules.
 
@@ -159,6 +172,8 @@ def decode(
       outs: one array [h, w, 3] of dtype `preset.dtype` for each size that is wanted; each is
         written whole. What they hold after an error is undefined.
       limits: what the file may ask for.
+      reserve: entered with an estimate of the bytes that decoding takes (measured: at most 8 a
+        pixel for JPEG, 16 for the others), so that many large pictures need not be decoded at once.
 
     Returns:
       What was found in the file.
@@ -179,15 +194,16 @@ def decode(
     if kind is None:
         raise ImageError("unsupported_format", f"starts with {data[:8]!r}")
     _silence_pillow()
-    if kind == "JPEG":
-        return _decode_jpeg(data, preset, outs, limits)
-    return _decode_other(data, kind, preset, outs, limits)
+    file = _open(data, kind, limits)
+    with reserve((8 if kind == "JPEG" else 16) * file.width * file.height):
+        if kind == "JPEG":
+            return _decode_jpeg(data, file, preset, outs)
+        return _decode_other(data, file, kind, preset, outs)
 
 
 def _decode_jpeg(
-    data: bytes, preset: Preset, outs: Sequence[npt.NDArray[Any]], limits: Limits
+    data: bytes, file: ImageFile.ImageFile, preset: Preset, outs: Sequence[npt.NDArray[Any]]
 ) -> Picture:
-    file = _open(data, "JPEG", limits)
     _check_scans(data, file)
     width, height = file.size
     orientation = _orientation(file) if preset.exif_orientation else 1
@@ -268,9 +284,12 @@ def _read_jpeg(data: bytes, file: ImageFile.ImageFile, scale: int, preset: Prese
 
 
 def _decode_other(
-    data: bytes, kind: str, preset: Preset, outs: Sequence[npt.NDArray[Any]], limits: Limits
+    data: bytes,
+    file: ImageFile.ImageFile,
+    kind: str,
+    preset: Preset,
+    outs: Sequence[npt.NDArray[Any]],
 ) -> Picture:
-    file = _open(data, kind, limits)
     try:
         file.load()
         # Of TIFF, the orientation is a part, and Pillow's reader has applied it; asking again

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hubbeam.modules.errors import ImageError
-from hubbeam.modules.images import Limits, Picture, decode
+from hubbeam.modules.images import Limits, Picture, Reserve, decode
 from hubbeam.modules.presets import Preset
 
 Size = tuple[int, int]
@@ -31,7 +31,11 @@ class DecodedBatch:
 
 
 def decode_batch(
-    contents: Sequence[bytes | ImageError], preset: Preset, sizes: Sequence[Size], limits: Limits
+    contents: Sequence[bytes | ImageError],
+    preset: Preset,
+    sizes: Sequence[Size],
+    limits: Limits,
+    reserve: Reserve,
 ) -> DecodedBatch:
     """Decodes a batch once and resizes it once for each distinct input size.
 
@@ -41,6 +45,7 @@ def decode_batch(
       preset: how a picture becomes the module's input.
       sizes: distinct (height, width) of the modules' inputs.
       limits: bytes and pixels that an image may have.
+      reserve: keeps the decoding of large pictures within the process's memory.
 
     Returns:
       The decoded images and the errors of the others.
@@ -54,7 +59,8 @@ def decode_batch(
             continue
         row = len(positions)
         try:
-            picture = decode(data, preset, [pixels[size][row] for size in sizes], limits)
+            outs = [pixels[size][row] for size in sizes]
+            picture = decode(data, preset, outs, limits, reserve)
         except ImageError as error:
             errors[position] = error
             continue

@@ -82,7 +82,9 @@ class _EmbedBatchFn(beam.DoFn):
         uris = [element if isinstance(element, str) else element[0] for element in batch]
         contents = list(self._process.readers.map(self._read, batch))
         size = self._module.image_size
-        decoded = decode_batch(contents, self._preset, [size], self._limits)
+        decoded = decode_batch(
+            contents, self._preset, [size], self._limits, self._process.decoding.reserve
+        )
         vectors, errors = embed_batch(self._engine, decoded.pixels[size], self._module.width)
         for row, position in enumerate(decoded.positions):
             if row not in errors:

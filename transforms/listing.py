@@ -9,6 +9,12 @@ What an input means:
   stands for no folder at all. Wildcards match names that begin with a dot too.
 * ``file://`` URIs are local files; their percent-escapes are decoded.
 
+Object stores (``gs://``, and others that Beam has a filesystem for) are listed by prefix; a folder
+is a prefix that ends in ``/``. Below a folder that is really named ``[x]`` write ``[[]x]/*.jpg``
+there; on local disks ``[x]/*.jpg`` finds it too. Only ``gs://`` is listed by several threads and
+as a stream: of the others Beam gives the whole listing at once. On filesystems with real folders
+(``hdfs://``) a table must name the files.
+
 Local files are named by their absolute path, ``.`` and ``..`` resolved but links kept, so that one
 file reached by two spellings is one uri. Links to folders are followed, except where they lead
 back to a folder above them. Pipes, sockets and devices are never opened.
@@ -323,7 +329,7 @@ def _row_of_error(path: str, error: OSError) -> _Row:
 
 
 def _leads_back(path: str) -> bool:
-    """Tells whether the folder `path`, a link, is one of the folders above the link."""
+    """Tells whether the folder `path` is, by a link, one of the folders above it."""
     target = os.stat(path)  # noqa: PTH116
     above = path
     while above != "/":
@@ -343,7 +349,11 @@ def _scan(folder: str) -> Iterator[os.DirEntry[str] | _Row]:
 
 
 def _walk(
-    number: int, folder: str, matches: re.Pattern[str] | None, base: str
+    number: int,
+    folder: str,
+    matches: re.Pattern[str] | None,
+    base: str,
+    linked: bool = False,
 ) -> Iterator[_Row | _Task]:
     """Lists a folder and the folders below it.
 
@@ -352,6 +362,7 @@ def _walk(
       folder: what to list.
       matches: takes the files whose path below `base` it matches; None takes images.
       base: where the pattern begins.
+      linked: whether a link was followed on the way here.
     """
     skip = len(base.rstrip("/")) + 1
     for entry in _scan(folder):
@@ -365,8 +376,10 @@ def _walk(
             wanted = matches.fullmatch(path, skip) is not None
         try:
             if entry.is_dir():
-                if not entry.is_symlink() or not _leads_back(path):
-                    yield _Task(number, _walk_later(number, path, matches, base))
+                # Below a link even a plain folder may be one that lies above.
+                below = linked or entry.is_symlink()
+                if not below or not _leads_back(path):
+                    yield _Task(number, _walk_later(number, path, matches, base, below))
                 continue
             if wanted and (entry.is_file() or _is_dead_link(entry)):
                 yield _checked_row(path, entry.stat)
@@ -376,9 +389,9 @@ def _walk(
 
 
 def _walk_later(
-    number: int, path: str, matches: re.Pattern[str] | None, base: str
+    number: int, path: str, matches: re.Pattern[str] | None, base: str, linked: bool
 ) -> Callable[[], Iterable[_Row | _Task]]:
-    return lambda: _walk(number, path, matches, base)
+    return lambda: _walk(number, path, matches, base, linked)
 
 
 def _is_dead_link(entry: os.DirEntry[str]) -> bool:
@@ -465,7 +478,13 @@ def _list_gcs(number: int, uri: str) -> Iterator[_Row | _Task]:
         if blob is not None:
             yield _Row(uri, blob.size, _microseconds(blob.updated))
             return
-    prefix, wanted = _prefix_and_filter(uri) if _MAGIC.search(name) else _below(uri)
+    folder = name.rstrip("/") + "/"
+    if _MAGIC.search(name) and not _ask(
+        uri, lambda: list(client.list_blobs(bucket, prefix=folder, max_results=1))
+    ):
+        prefix, wanted = _prefix_and_filter(uri)
+    else:
+        prefix, wanted = _below(uri)
     prefix = prefix[len(f"gs://{bucket}/") :]
     # The first names below the prefix show where to cut the listing into ranges that are read side
     # by side.
@@ -547,25 +566,31 @@ def _microseconds(moment: datetime | None) -> int | None:
 
 def _list_other(uri: str) -> Iterator[_Row | _Task]:
     filesystem = FileSystems.get_filesystem(uri)
+    if filesystem.has_dirs():  # Beam lists one folder of such a filesystem, and does not tell files
+        raise ConfigError(
+            f"cannot list {uri!r}: this filesystem has real folders; name its files in a --table"
+        )
     try:
-        if not uri.endswith("/") and filesystem.exists(uri) and _is_file(filesystem, uri):
+        if not uri.endswith("/") and filesystem.exists(uri):
             yield _row_of_metadata(filesystem.metadata(uri))
             return
         path = uri.partition("://")[2]
-        prefix, wanted = _prefix_and_filter(uri) if _MAGIC.search(path) else _below(uri)
-        # Beam has no way to quote: a bracket in a class stands for itself.
-        quoted = _MAGIC.sub(lambda found: f"[{found.group()}]", prefix)
-        for metadata in filesystem.match([quoted + "**"])[0].metadata_list:
+        prefix, wanted = _below(uri)
+        if (
+            _MAGIC.search(path)
+            and not filesystem.match([_quoted(prefix) + "**"], [1])[0].metadata_list
+        ):
+            prefix, wanted = _prefix_and_filter(uri)
+        for metadata in filesystem.match([_quoted(prefix) + "**"])[0].metadata_list:
             if wanted(metadata.path) and not metadata.path.endswith("/"):
                 yield _row_of_metadata(metadata)
     except Exception as e:  # each filesystem of Beam has its own errors
         raise ConfigError(f"cannot list {uri!r}: {e}") from e
 
 
-def _is_file(filesystem: Any, uri: str) -> bool:
-    if not filesystem.has_dirs():
-        return True
-    return any(found.path == uri for found in filesystem.match([uri])[0].metadata_list)
+def _quoted(prefix: str) -> str:
+    # Beam has no way to quote: a wildcard in a class of its own stands for itself.
+    return _MAGIC.sub(lambda found: f"[{found.group()}]", prefix)
 
 
 def _row_of_metadata(metadata: Any) -> _Row:

@@ -27,6 +27,10 @@ def threads_for(processes: int) -> int:
     return max(1, cores() // processes) if processes else 1
 
 
+DECODE_BYTES = 1 << 30
+"""Bytes that pictures being decoded may take at once; a larger picture is decoded alone."""
+
+
 class Process:
     """Shared by all shards that a process works on, however many the runner gives it at once.
 
@@ -34,14 +38,16 @@ class Process:
       threads: threads that decode and run modules.
       compute: their pool.
       readers: pool of threads that wait for the storage.
-      budget: bytes of image files in memory.
+      reading: bytes of image files in memory.
+      decoding: bytes that pictures being decoded may take.
     """
 
     def __init__(self, threads: int):
         self.threads = threads
         self.compute = ThreadPoolExecutor(threads, "hubbeam-compute")
         self.readers = ThreadPoolExecutor(READ_THREADS, "hubbeam-read")
-        self.budget = ByteBudget(READ_AHEAD_BYTES)
+        self.reading = ByteBudget(READ_AHEAD_BYTES)
+        self.decoding = ByteBudget(max(DECODE_BYTES, threads * DECODE_BYTES // 8))
         self._engines: dict[str, Engine] = {}
         self._loading = Lock()
 

@@ -1,7 +1,8 @@
 """Image files into bytes, with the storage's failures told apart."""
 
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Condition
 
@@ -107,3 +108,12 @@ class ByteBudget:
         with self._changed:
             self._held -= count
             self._changed.notify_all()
+
+    @contextmanager
+    def reserve(self, count: int) -> Iterator[None]:
+        """Holds `count` bytes while the body runs."""
+        self.acquire(count)
+        try:
+            yield
+        finally:
+            self.release(count)

@@ -134,16 +134,16 @@ def _start_batch(
         min(ASSUMED_BYTES if size is None else size, limits.max_bytes)
         for size in rows["size_bytes"].to_pylist()
     )
-    process.budget.acquire(size_bytes)
+    process.reading.acquire(size_bytes)
     done: Future[BatchResult] = Future()
 
     def fail(error: BaseException) -> None:
-        process.budget.release(size_bytes)
+        process.reading.release(size_bytes)
         done.set_exception(error)
 
     def read() -> None:
         if not done.set_running_or_notify_cancel():
-            process.budget.release(size_bytes)
+            process.reading.release(size_bytes)
             return
         try:
             started = time.monotonic()
@@ -154,11 +154,11 @@ def _start_batch(
 
     def compute(contents: list[bytes | ImageError], milliseconds: int) -> None:
         try:
-            result = compute_batch(job, rows, contents, engines)
+            result = compute_batch(job, rows, contents, engines, process)
         except BaseException as error:
             fail(error)
             return
-        process.budget.release(size_bytes)
+        process.reading.release(size_bytes)
         result.milliseconds["read"] = milliseconds
         done.set_result(result)
 
@@ -171,6 +171,7 @@ def compute_batch(
     rows: pa.Table,
     contents: list[bytes | ImageError],
     engines: Sequence[Engine],
+    process: Process,
 ) -> BatchResult:
     """Decodes a batch once and runs every module on it.
 
@@ -179,6 +180,7 @@ def compute_batch(
       rows: rows of the plan.
       contents: bytes of each row's file, or why it could not be read.
       engines: what runs each of ``job.modules``.
+      process: keeps the decoding of large pictures within its memory.
 
     Returns:
       The vectors of each module and the rejects.
@@ -191,7 +193,9 @@ def compute_batch(
         for data in contents
     ]
     sizes = sorted({module.image_size for module in job.modules})
-    decoded = decode_batch(contents, meaning.preset, sizes, meaning.limits)
+    decoded = decode_batch(
+        contents, meaning.preset, sizes, meaning.limits, process.decoding.reserve
+    )
     clock.append(time.monotonic())
 
     rejects: list[dict[str, Any]] = []
