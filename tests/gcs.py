@@ -8,11 +8,13 @@ variables (`environment`), so that processes which a test starts use it too:
   emulator. Without credentials Beam 2.77 asks the (absent) metadata server for twenty seconds
   before it goes on anonymously.
 * ``CLOUD_STORAGE_EMULATOR_ENDPOINT``: the C++ client inside `pyarrow.fs.GcsFileSystem`. Tried with
-  pyarrow 25 and ``anonymous=True``: write, read, list, copy, move and delete_file work, also with
-  ``#``, brackets and spaces in names, and so does ``endpoint_override="127.0.0.1:port",
-  scheme="http"``; delete_dir fails (it wants a marker object for the folder). Without
-  ``anonymous=True`` it asks for a real token. It holds the GIL while it waits in some calls, which
-  is why the emulator is a process of its own, and has threads.
+  pyarrow 25: write, read, list, copy, move and delete_file work, also with ``#``, brackets and
+  spaces in names, with no arguments (the service account serves), with ``anonymous=True``, and with
+  ``endpoint_override="127.0.0.1:port", scheme="http"``. delete_dir deletes the files, then fails
+  because there is no marker object for the folder.
+
+The emulator is a process of its own and has threads: in the process of the tests, pyarrow's
+open_input_file hung.
 
 Uploads to names that end in ``.refused`` fail with 403.
 """
