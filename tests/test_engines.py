@@ -178,6 +178,8 @@ def test_any_number_of_images(engine: Engine, small: ResolvedModule, n: int) -> 
     np.testing.assert_allclose(vectors, alone, rtol=1e-5, atol=1e-5)
     every_other = engine.run(pixels[::2])  # not contiguous
     np.testing.assert_allclose(every_other, alone[::2], rtol=1e-5, atol=1e-5)
+    pixels.flags.writeable = False
+    np.testing.assert_array_equal(engine.run(pixels), vectors)
 
 
 def test_many_threads_at_once(engine: Engine, small: ResolvedModule) -> None:
@@ -343,7 +345,6 @@ def test_store_that_cannot_be_written(
     store: Store,
     small: ResolvedModule,
     conversion: Path,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     # Permissions do not stop a test that runs as root: a file where the folder should be does.
@@ -358,6 +359,22 @@ def test_store_that_cannot_be_written(
         aside.rename(folder)
     assert engine.name == "openvino"
     assert "is not kept" in caplog.text
+
+
+def test_store_in_the_cloud(
+    store: Store, small: ResolvedModule, conversion: Path, gcs_bucket: str
+) -> None:
+    cloud = Store(f"{gcs_bucket}/store")
+    module = cloud.resolve(str(store.local_folder(small)))
+    choice = choose_engine(cloud, module, "openvino", threads=THREADS)
+    kept = cloud.get_artifact(module, conversion.name)
+    assert kept is not None
+    assert Converted.unpack(kept).reference.shape == (6, small.width)
+    assert choose_engine(cloud, module, "openvino", threads=THREADS) == choice
+    engine = load_engine(cloud, module, choice, threads=THREADS)
+    here = load_engine(store, small, choice, threads=THREADS)
+    pixels = pictures_for(small, 5)
+    np.testing.assert_array_equal(engine.run(pixels), here.run(pixels))
 
 
 def test_bf16_only_by_name_and_with_its_cost(store: Store, small: ResolvedModule) -> None:

@@ -188,7 +188,8 @@ class OpenVINOEngine:
             for start in range(0, len(pixels), self.batch_size):
                 part = pixels[start : start + self.batch_size]
                 count = len(part)
-                if count < self.batch_size:
+                # OpenVINO reads the pixels where they are, but takes no memory that is read-only.
+                if count < self.batch_size or not part.flags.writeable:
                     filled = np.zeros((self.batch_size, *part.shape[1:]), part.dtype)
                     filled[:count] = part
                     part = filled
