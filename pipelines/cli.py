@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from importlib.metadata import version
 from typing import Annotated
 
@@ -129,27 +130,28 @@ def extract(
     What follows `--` goes to Beam untouched. Exit codes: 0 done; 1 the run failed; 2 bad usage or
     configuration; 3 too many images rejected, nothing published.
     """
+    given = {**context.params, "modules": module}
     flags = {
-        key: context.params[key] for key in ExtractOptions.model_fields if key in context.params
+        key: value
+        for key in ExtractOptions.model_fields
+        if (value := given.get(key)) is not None and value != []
     }
-    flags["modules"] = module
-    flags["inputs"] = inputs
-    options = load_options(config, {k: v for k, v in flags.items() if v not in (None, [])})
+    options = load_options(config, flags)
     _calm(verbose, quiet)
     beam_args: list[str] = context.obj or []
-    console = Console(stderr=True, quiet=quiet)
+    console = Console(stderr=True)
 
     # Beam takes seconds to import: what is wrong with the flags is said before.
     from hubbeam.pipelines import extract as job
     from hubbeam.pipelines import watch
 
     where = job.absolute(options.output)
+    fetching = nullcontext if quiet else modules_cli.download_progress
     if dry_run:
-        print(watch.plan_text(job.dry_run(options, beam_args), where))
+        print(watch.plan_text(job.dry_run(options, beam_args, fetching), where))
         return
-    report = job.run_extract(
-        options, beam_args, functools.partial(watch.progress_bar, console=console)
-    )
+    show = None if quiet else functools.partial(watch.progress_bar, console=console)
+    report = job.run_extract(options, beam_args, show, fetching)
     if not quiet:
         print(watch.summary(report, where))
     if not report.published:
@@ -191,7 +193,7 @@ def main() -> None:
     except HubbeamError as error:
         print(f"hubbeam: {error}", file=sys.stderr)
         codes = {ConfigError: USAGE, TooManyRejectsError: TOO_MANY_REJECTS}
-        sys.exit(codes.get(type(error), FAILED))
+        sys.exit(next((code for kind, code in codes.items() if isinstance(error, kind)), FAILED))
     except KeyboardInterrupt:
         print("hubbeam: interrupted; the same command takes the run up again", file=sys.stderr)
         sys.exit(FAILED)

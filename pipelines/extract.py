@@ -9,14 +9,14 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import apache_beam as beam
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from hubbeam.modules.download import Progress
 from hubbeam.modules.engines import ENGINES, choose_engine
 from hubbeam.modules.engines.base import EngineChoice
 from hubbeam.modules.errors import ConfigError, RunError
@@ -70,14 +70,23 @@ class DryRun(BaseModel):
     resumes: bool
 
 
-def dry_run(options: ExtractOptions, beam_args: list[str]) -> DryRun:
+Fetching = Callable[[], AbstractContextManager[Progress | None]]
+"""Shows downloads of modules while it is entered."""
+
+Watch = Callable[[ExtractJob, str], AbstractContextManager[None]]
+"""Shows the progress that is noted in a folder while it is entered."""
+
+
+def dry_run(
+    options: ExtractOptions, beam_args: list[str], fetching: Fetching = nullcontext
+) -> DryRun:
     """Resolves, lists and plans, and leaves nothing behind in the output.
 
     Raises:
       ConfigError: whatever would stop the run before it starts.
     """
     runner = Runner.from_options(options, beam_args)
-    meaning = resolve(options, runner)
+    meaning = resolve(options, runner, fetching)
     output = absolute(options.output)
     found = _unfinished(output, meaning, options.overwrite)
     replaces = _check_output(output, meaning, found, options.overwrite)
@@ -90,7 +99,12 @@ def dry_run(options: ExtractOptions, beam_args: list[str]) -> DryRun:
     )
 
 
-def run_extract(options: ExtractOptions, beam_args: list[str], watch: Any = None) -> RunReport:
+def run_extract(
+    options: ExtractOptions,
+    beam_args: list[str],
+    watch: Watch | None = None,
+    fetching: Fetching = nullcontext,
+) -> RunReport:
     """Runs the job.
 
     Args:
@@ -98,6 +112,7 @@ def run_extract(options: ExtractOptions, beam_args: list[str], watch: Any = None
       beam_args: options for Beam, untouched.
       watch: called as ``watch(job, progress folder)``, gives a context manager that is entered
         while a local run works (the progress bar).
+      fetching: gives a context manager that is entered while modules are fetched.
 
     Returns:
       The report; its ``published`` is False when too many images were rejected.
@@ -107,7 +122,7 @@ def run_extract(options: ExtractOptions, beam_args: list[str], watch: Any = None
       RunError: the run failed; the same command takes it up again.
     """
     runner = Runner.from_options(options, beam_args)
-    meaning = resolve(options, runner)
+    meaning = resolve(options, runner, fetching)
     output = absolute(options.output)
     with ExitStack() as stack:
         stack.enter_context(_only_one(output))
@@ -144,7 +159,7 @@ def run_extract(options: ExtractOptions, beam_args: list[str], watch: Any = None
         return _read_report(job)
 
 
-def resolve(options: ExtractOptions, runner: Runner) -> Meaning:
+def resolve(options: ExtractOptions, runner: Runner, fetching: Fetching = nullcontext) -> Meaning:
     """Resolves modules and preset, and checks what can be checked before listing.
 
     Raises:
@@ -154,9 +169,11 @@ def resolve(options: ExtractOptions, runner: Runner) -> Meaning:
         raise ConfigError(f"no engine {options.engine!r}: there are {', '.join(ENGINES)}")
     store = Store(options.store)
     preset = load_preset(options.preset)
-    modules = tuple(
-        store.resolve(module, signature=options.signature) for module in options.modules
-    )
+    with fetching() as progress:
+        modules = tuple(
+            store.resolve(module, signature=options.signature, progress=progress)
+            for module in options.modules
+        )
     names = [module.name for module in modules]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(

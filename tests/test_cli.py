@@ -77,6 +77,7 @@ def test_dry_run_leaves_nothing(store: Store, photos: Path, tmp_path: Path) -> N
         (["extract", "x.jpg", "-m", MODULE, "-o", "o", "--preset", "best"], "no preset 'best'"),
         (["extract", "x.jpg", "-m", MODULE, "-o", "o", "--engine", "warp"], "no engine 'warp'"),
         (["extract", "nowhere/*.jpg", "-m", MODULE, "-o", "o"], "nowhere/*.jpg"),
+        (["extract", "x.jpg", "--max-pixels", "0", "-m", MODULE, "-o", "o"], "max_pixels"),
         (["extract", "x.jpg", "--max-bytes", "much", "-m", MODULE, "-o", "o"], "max_bytes"),
         (["extract", "--frobnicate"], "No such option"),
     ],
