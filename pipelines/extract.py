@@ -300,6 +300,8 @@ def _plan(meaning: Meaning, folder: str, replaces: bool, runner: Runner) -> Plan
         shards=meaning.shards,
         workers=runner.workers,
     )
+    if not summary.images:
+        raise ConfigError(f"no images in {meaning.table or ', '.join(meaning.inputs)}")
     return PlannedRun(
         meaning=meaning,
         images=summary.images,

@@ -14,7 +14,6 @@ from hubbeam.transforms.listing import LISTING, list_images
 from hubbeam.transforms.plan import (
     count_shards,
     read_plan_shard,
-    read_plan_summary,
     shard_name,
     write_plan,
 )
@@ -32,7 +31,6 @@ def listing(rows: list[Row], size: int = 1000) -> Iterator[pa.RecordBatch]:
 
 def plan(rows: list[Row], folder: Path | str, **options: Any) -> list[pa.Table]:
     summary = write_plan(listing(rows), str(folder), **options)
-    assert read_plan_summary(str(folder)) == summary
     return [read_plan_shard(str(folder), i, summary.shards) for i in range(summary.shards)]
 
 
@@ -87,13 +85,12 @@ def test_summary_and_duplicates(tmp_path: Path) -> None:
         ("/c", 7, 3, None, None),
         ("/d", None, None, "not_found", "gone"),
     ]
-    (table,) = plan(rows, tmp_path)
+    summary = write_plan(listing(rows), str(tmp_path))
+    table = read_plan_shard(str(tmp_path), 0, 1)
     assert uris([table]) == ["/a", "/b", "/b/", "/c", "/d"]
     assert table.slice(0, 1).to_pylist()[0]["size_bytes"] == 5
     assert table.column("modified").cast(pa.int64()).to_pylist()[0] == 1_000_001
     assert table.column("reason").to_pylist()[1:3] == ["not_found", "permission_denied"]
-    summary = read_plan_summary(str(tmp_path))
-    assert summary is not None
     assert (summary.images, summary.duplicates, summary.size_bytes) == (5, 3, 12)
     assert (summary.shards, summary.list_rejects) == (1, {"not_found": 2, "permission_denied": 1})
 
@@ -122,21 +119,12 @@ def test_same_rows_in_another_order_give_the_same_plan(tmp_path: Path) -> None:
     assert len(contents[0]) == 7
 
 
-def test_a_plan_replaces_an_earlier_one(tmp_path: Path) -> None:
-    rows: list[Row] = [(f"/{i}", 1, 1, None, None) for i in range(10)]
-    plan(rows, tmp_path, shards=5)
-    plan(rows[:4], tmp_path, shards=2)
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"plan.json", shard_name(0, 2), shard_name(1, 2)}
-
-
 def test_nothing_is_written_when_the_listing_fails(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").touch()
     inputs = [str(tmp_path / "a.jpg"), str(tmp_path / "*.nix")]
     with pytest.raises(ConfigError, match="nix"):
         write_plan(list_images(inputs), str(tmp_path / "plan"))
     assert not (tmp_path / "plan").exists()
-    assert read_plan_summary(str(tmp_path / "plan")) is None
 
 
 def test_empty_listing(tmp_path: Path) -> None:
@@ -179,8 +167,6 @@ def test_bad_sizes(tmp_path: Path, options: dict[str, int]) -> None:
 def test_on_gcs(gcs_bucket: str) -> None:
     rows: list[Row] = [(name, 1, 2, None, None) for name in NAMES]
     folder = f"{gcs_bucket}/out [1]/plan"
-    plan(rows, folder, shards=4)
     tables = plan(rows, folder, shards=3)
     assert uris(tables) == sorted(NAMES, key=lambda name: name.encode())
-    expected = ["plan.json", *[shard_name(i, 3) for i in range(3)]]
-    assert sorted(files.list_names(folder)) == sorted(expected)
+    assert sorted(files.list_names(folder)) == [shard_name(i, 3) for i in range(3)]

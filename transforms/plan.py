@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
-from hubbeam.modules.errors import ConfigError, RunError
+from hubbeam.modules.errors import ConfigError
 from hubbeam.transforms import files
 from hubbeam.transforms.listing import LISTING
 
@@ -25,7 +25,6 @@ _MIN_IMAGES_PER_SHARD = 256
 _SHARDS_PER_WORKER = 4
 _MEMORY_LIMIT = "1GB"
 _INSERT_ROWS = 131_072
-_SUMMARY = "plan.json"
 
 # Which of several rows of one uri is kept must not depend on the order of the listing: the one
 # that is no reject and knows most.
@@ -113,12 +112,11 @@ def write_plan(
 
     The plan depends on the rows alone, not on their order. Shards differ by one row at most. Rows
     that are rejects of the listing belong to shards like the others. Memory stays bounded:
-    DuckDB sorts out of core in a temporary folder (about 300 bytes an image). ``plan.json`` is
-    written last: a plan without it is not whole.
+    DuckDB sorts out of core in a temporary folder (about 300 bytes an image).
 
     Args:
       listing: batches of schema `LISTING`; read to the end before anything is written.
-      plan_dir: folder of the plan, on any Beam filesystem. An earlier plan in it is replaced.
+      plan_dir: folder of the plan, on any Beam filesystem. It holds no other plan.
       images_per_shard: see `count_shards`.
       shards: see `count_shards`.
       workers: see `count_shards`.
@@ -136,9 +134,8 @@ def write_plan(
         number = count_shards(
             rows, images_per_shard=images_per_shard, shards=shards, workers=workers
         )
-        _remove_plan(plan_dir)
         sha256 = _write_shards(spool, plan_dir, rows, number)
-    summary = PlanSummary(
+    return PlanSummary(
         images=rows,
         duplicates=counts.pop("duplicates", 0),
         size_bytes=counts.pop("size_bytes", 0),
@@ -146,19 +143,6 @@ def write_plan(
         list_rejects=dict(sorted(counts.items())),
         sha256=sha256,
     )
-    files.write_bytes(files.join(plan_dir, _SUMMARY), summary.model_dump_json().encode())
-    return summary
-
-
-def read_plan_summary(plan_dir: str) -> PlanSummary | None:
-    """Reads what a plan holds; None if there is no whole plan in `plan_dir`."""
-    path = files.join(plan_dir, _SUMMARY)
-    if not files.exists(path):
-        return None
-    try:
-        return PlanSummary.model_validate_json(files.read_bytes(path))
-    except ValueError as e:
-        raise RunError(f"{path} is damaged: remove the folder {plan_dir} to plan anew") from e
 
 
 def read_plan_shard(plan_dir: str, shard: int, shards: int) -> pa.Table:
@@ -238,15 +222,6 @@ def _stream(db: Any, query: str) -> Iterator[pa.RecordBatch]:
     for batch in reader(65_536):
         if len(batch):
             yield batch
-
-
-def _remove_plan(plan_dir: str) -> None:
-    names = files.list_names(plan_dir)
-    if _SUMMARY in names:
-        files.delete(files.join(plan_dir, _SUMMARY))
-    for name in names:
-        if name.startswith("plan-") and name.endswith(".parquet"):
-            files.delete(files.join(plan_dir, name))
 
 
 def _write_shards(spool: Path, plan_dir: str, rows: int, shards: int) -> str:
