@@ -100,7 +100,7 @@ class Bench:
                 "threads": sorted({threads_for(1), threads_for(2)}, reverse=True),
             }
         )
-        self._engine_setting: Result | None = None
+        self._engines_searched: Result = {}
 
     def child(self, task: Result, *, sample: bool = False) -> Result:
         """Runs a task of child.py in a new process.
@@ -212,7 +212,7 @@ class Bench:
         return self.price * cores() * 1e6 / images_per_second / 3600
 
     def engine_task(self, made: list[Path]) -> Result:
-        """The task that measures the main module alone at its best setting, searched once."""
+        """The task that measures the main module alone, at the best settings of a search."""
         task = {
             "task": "engine",
             "photos": str(made[0].parent),
@@ -221,39 +221,32 @@ class Bench:
             "module": self.prepared[MAIN]["module"],
             "converted": str(self.cache / "converted"),
         }
-        if self._engine_setting is None:
-            searched: Result = {}
+        if not self._engines_searched:
             for family in FAMILIES:
                 report.say(f"searching the best setting: engine alone, {family}")
-                searched[family] = self.child(
-                    {**task, "family": family, "seconds": self.sizes.search_seconds}
-                )
-            rates = {
-                family: found["ranked"][0]
-                for family, found in searched.items()
-                if "ranked" in found
-            }
-            family = max(rates, key=lambda name: rates[name][0])
-            self._engine_setting = {
-                "family": family,
-                "setting": rates[family][1],
-                "searched": searched,
-            }
-        best = self._engine_setting
-        return {**task, "family": best["family"], "setting": best["setting"]}
+                found = self.child({**task, "family": family, "seconds": self.sizes.search_seconds})
+                if "ranked" in found:
+                    self._engines_searched[family] = found["ranked"]
+        searched = self._engines_searched
+        best = max(searched, key=lambda family: searched[family][0][0])
+        return {**task, "family": best, "settings": _best(searched[best]), "searched": searched}
 
     def decoding_task(self, made: list[Path]) -> Result:
-        """The task that measures decode and resize alone at its best setting, searched now."""
-        size = self.prepared[MAIN]["module"]["image_size"]
+        """The task that measures decode and resize alone, at the best settings of a search."""
         task = {
             "task": "decoding",
             "photos": str(made[0].parent),
             "preset": PRESET,
-            "size": size,
+            "size": self.prepared[MAIN]["module"]["image_size"],
         }
         report.say("searching the best setting: decode and resize alone")
-        found = self.child({**task, "seconds": self.sizes.search_seconds})
-        return {**task, "setting": found["ranked"][0][1], "searched": found["ranked"]}
+        ranked = self.child({**task, "seconds": self.sizes.search_seconds})["ranked"]
+        return {**task, "settings": _best(ranked), "searched": ranked}
+
+
+def _best(ranked: list[Any]) -> list[Result]:
+    """The settings that are measured again in every round, for a search is short."""
+    return [setting for _, setting in ranked[:3]]
 
 
 class _Session(threading.Thread):
@@ -318,27 +311,58 @@ def median(runs: list[Result]) -> Result:
     }
 
 
+def best_setting(settings: list[Result], rounds: list[list[Result]]) -> Result:
+    """Finds the setting with the best median.
+
+    Args:
+      settings: what was measured in every round.
+      rounds: for each round the rates of all settings.
+
+    Returns:
+      The setting, its median images/s, its rates by round, and the medians of the others.
+    """
+    medians = [
+        statistics.median(rates[i]["images_per_second"] for rates in rounds)
+        for i in range(len(settings))
+    ]
+    best = max(range(len(settings)), key=medians.__getitem__)
+    return {
+        "setting": settings[best],
+        "images_per_second": medians[best],
+        "rounds": [rates[best] for rates in rounds],
+        "measured": list(zip(medians, settings, strict=True)),
+    }
+
+
 def against_plain(bench: Bench, name: str, count: int, distinct: int) -> Result:
     """Plain job, ours and the limit on one set of photographs."""
     made = bench.photos(name, distinct)
     folder = bench.folder(name, made, count)
     engine, decoding = bench.engine_task(made), bench.decoding_task(made)
-    seconds = {"seconds": bench.sizes.part_seconds}
+    seconds = bench.sizes.part_seconds
+
+    def part(task: Result) -> Result:
+        return bench.child({**task, "searched": None, "seconds": seconds})
+
     runs = in_turns(
         bench.sizes.rounds,
         {
             "plain": lambda: bench.run("plain", folder, count),
             "ours": lambda: bench.run("ours", folder, count),
-            "decoding": lambda: bench.child({**decoding, **seconds}),
-            "engine": lambda: bench.child({**engine, **seconds}),
+            "decoding": lambda: part(decoding),
+            "engine": lambda: part(engine),
         },
     )
+    parts = {
+        name: best_setting(task["settings"], [run["rates"] for run in runs.pop(name)])
+        for name, task in (("decoding", decoding), ("engine", engine))
+    }
     runs["limit"] = [
         {
             "images_per_second": 1 / (1 / a["images_per_second"] + 1 / b["images_per_second"]),
             "cpu_seconds_per_1000": 1000 * (a["cpu_seconds"] + b["cpu_seconds"]),
         }
-        for a, b in zip(runs["decoding"], runs["engine"], strict=True)
+        for a, b in zip(parts["decoding"]["rounds"], parts["engine"]["rounds"], strict=True)
     ]
     rows: Result = {}
     for row in ("plain", "ours", "limit"):
@@ -357,16 +381,9 @@ def against_plain(bench: Bench, name: str, count: int, distinct: int) -> Result:
             "median_bytes": statistics.median(sizes),
         },
         "rows": rows,
-        "decoding": {**median(runs["decoding"]), "setting": decoding["setting"]},
-        "engine": {
-            **median(runs["engine"]),
-            "family": engine["family"],
-            "setting": engine["setting"],
-        },
-        "searched": {
-            "decoding": decoding["searched"],
-            "engine": bench._engine_setting and bench._engine_setting["searched"],
-        },
+        "decoding": parts["decoding"],
+        "engine": {**parts["engine"], "family": engine["family"]},
+        "searched": {"decoding": decoding["searched"], "engine": engine["searched"]},
         "runs": runs,
     }
 
@@ -490,10 +507,20 @@ def machine() -> Result:
         "cpu": cpu_name(),
         "cores": cores(),
         "memory_bytes": memory,
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "load_before": os.getloadavg()[0],
         "versions": packages,
+    }
+
+
+def _described(prepared: Result) -> Result:
+    """What a result says of a module: nothing of where it lies."""
+    kept = ("handle", "sha256", "format", "signature", "image_size", "width")
+    return {
+        **{key: prepared["module"][key] for key in kept},
+        "untrained": prepared["untrained"],
+        "engine": prepared["engine"],
     }
 
 
@@ -554,7 +581,7 @@ def main() -> None:
     report.say("preparing modules")
     cache = arguments.cache.expanduser().absolute()
     bench = Bench(sizes, cache, arguments.modules, arguments.price)
-    found["modules"] = bench.prepared
+    found["modules"] = {name: _described(module) for name, module in bench.prepared.items()}
     begin = time.time()
     for name in arguments.sections:
         found["sections"][name] = SECTIONS[name](bench)

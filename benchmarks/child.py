@@ -51,7 +51,7 @@ def plain(task: Result) -> Result:
         stamps.setdefault("first_vector", time.time())
         return vectors
 
-    plain_beam.HubModuleHandler.run_inference = run_inference  # type: ignore[method-assign]
+    plain_beam.HubModuleHandler.run_inference = run_inference
     stamps["pipeline_begin"], used = time.time(), cpu_seconds()
     plain_beam.run(
         f"{task['folder']}/*",
@@ -146,19 +146,17 @@ def _photos(task: Result) -> list[Path]:
 
 
 def decoding(task: Result) -> Result:
-    """Searches (no ``setting`` in the task) or measures decode and resize alone."""
+    """Searches (no ``settings`` in the task) or measures decode and resize alone."""
     import limit
 
     part = limit.Decoding(_photos(task), tuple(task["size"]), task["preset"])
-    if "setting" not in task:
+    if "settings" not in task:
         return {"ranked": part.search(task["seconds"])}
-    workers = part.workers(task["setting"])
-    limit.measure(workers, 0.2)
-    return limit.measure(workers, task["seconds"])._asdict()
+    return {"rates": limit.measure_all(part.workers, task["settings"], task["seconds"])}
 
 
 def engine(task: Result) -> Result:
-    """Searches (no ``setting`` in the task) or measures one family of engines alone."""
+    """Searches (no ``settings`` in the task) or measures one family of engines alone."""
     import limit
 
     from hubbeam.modules.errors import ConfigError
@@ -173,11 +171,9 @@ def engine(task: Result) -> Result:
         )
     except ConfigError as error:
         return {"missing": str(error)}
-    if "setting" not in task:
+    if "settings" not in task:
         return {"ranked": family.search(task["seconds"])}
-    workers = family.workers(task["setting"])
-    limit.measure(workers, 0.2)
-    return limit.measure(workers, task["seconds"])._asdict()
+    return {"rates": limit.measure_all(family.workers, task["settings"], task["seconds"])}
 
 
 def engines(task: Result) -> Result:

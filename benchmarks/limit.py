@@ -99,6 +99,22 @@ def search(
     return [(rate, setting) for rate, (setting, _) in ranked]
 
 
+def measure_all(
+    make: Callable[[Setting], Sequence[Batch]], settings: Sequence[Setting], seconds: float
+) -> list[dict[str, float]]:
+    """Measures a few settings one after the other, each warmed up.
+
+    Returns:
+      `Rate` of each, as a dict.
+    """
+    rates = []
+    for setting in settings:
+        workers = make(setting)
+        measure(workers, 0.2)
+        rates.append(measure(workers, seconds)._asdict())
+    return rates
+
+
 class Decoding:
     """Decode and resize alone: `hubbeam.modules.images.decode`, from memory into arrays.
 

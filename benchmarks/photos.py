@@ -191,18 +191,19 @@ def scene(width: int, height: int, rng: np.random.Generator) -> Image.Image:
     octaves = max(3, int(np.log2(side)) - 3)
     texture = _spectrum(width, height, rng, coarsest=8, octaves=octaves)
     texture *= np.clip(_spectrum(width, height, rng, coarsest=3, octaves=2) + 0.3, 0, 1.2)
-    shade = 1 + 0.18 * light + 0.13 * texture
+    shade = 1 + 0.18 * light + rng.uniform(0.15, 0.5) * texture
     pixels *= shade[..., None]
     image = Image.fromarray(np.clip(pixels, 0, 255, out=pixels).astype(np.uint8))
     # Large sensors are softer, pixel by pixel, than pictures that were scaled down for the web.
     large = side > 1500
-    image = image.filter(ImageFilter.GaussianBlur(0.9 if large else 0.55))
+    image = image.filter(ImageFilter.GaussianBlur(0.9 if large else 0.45))
     # One tile of grain, repeated: a codec does not notice, and twelve million numbers take long.
-    tile = rng.standard_normal((min(height, 1024), min(width, 1024)), dtype=np.float32)
-    tile *= rng.uniform(3, 5.5) if large else rng.uniform(0.8, 4)
-    repeats = (-(-height // tile.shape[0]), -(-width // tile.shape[1]))
-    grain = np.tile(tile, repeats)[:height, :width]
-    pixels = np.asarray(image) + grain[..., None]
+    shape = (min(height, 1024), min(width, 1024))
+    tile = rng.standard_normal((*shape, 3), dtype=np.float32)
+    tile += rng.standard_normal((*shape, 1), dtype=np.float32)
+    tile *= rng.uniform(2, 4) if large else rng.uniform(0.5, 6)
+    repeats = (-(-height // shape[0]), -(-width // shape[1]), 1)
+    pixels = np.asarray(image) + np.tile(tile, repeats)[:height, :width]
     return Image.fromarray(np.clip(pixels, 0, 255, out=pixels).astype(np.uint8))
 
 
