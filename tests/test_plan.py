@@ -116,7 +116,7 @@ def test_same_rows_in_another_order_give_the_same_plan(tmp_path: Path) -> None:
         chance.shuffle(rows)
     contents = [{p.name: p.read_bytes() for p in folder.iterdir()} for folder in folders]
     assert contents[0] == contents[1]
-    assert len(contents[0]) == 7
+    assert len(contents[0]) == 6
 
 
 def test_nothing_is_written_when_the_listing_fails(tmp_path: Path) -> None:
