@@ -9,12 +9,16 @@ What is inside a uint8 model depends on the module. A *quantops* module brings i
 the converter makes of it what TF-Slim's published models are: uint8 throughout, one scale a tensor.
 For all other modules ranges are measured on pictures (post-training quantisation), and the kernels
 are int8 with one weight scale a channel, TensorFlow Lite's present scheme (the converter has no
-other), between a uint8 input and a uint8 output.
+other), between a uint8 input and a uint8 output. That costs accuracy, for the network was not
+trained for it: look at the vectors before use. (mobilenet_v2_050_224 on 200 photographs: cosine to
+the float vector 0.97 in the median, 0.77 at worst; nearest neighbour in the same class for 128
+instead of 135.)
 """
 
 import glob
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,14 +180,14 @@ def convert(
         # Only this converter (TensorFlow 1's interface, still the same compiler below) takes the
         # quantisation of the input as given and keeps to uint8 kernels.
         converter = tf.compat.v1.lite.TFLiteConverter.from_session(session, [images], [result])
-    if uint8 and calibration is None:
+    if uint8 and has_ranges(frozen):
         converter.inference_type = tf.uint8
         converter.quantized_input_stats = {
             "images": (INPUT_ZERO_POINT, 1 / INPUT_SCALE) if scaled else (0, 255.0)
         }
-    elif uint8:
+    elif uint8 and calibration is not None:
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
-        converter.representative_dataset = lambda: _samples(calibration, bool(scaled))
+        converter.representative_dataset = partial(_samples, calibration, bool(scaled))
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
         converter.inference_input_type = tf.uint8
         converter.inference_output_type = tf.uint8
