@@ -26,7 +26,7 @@ from hubbeam.modules.download import Progress, download
 from hubbeam.modules.errors import ConfigError, RunError
 from hubbeam.modules.inspect import ATTACHMENTS, IMAGE_MODULE_INFO, NOTES_FILE, attachment_messages
 from hubbeam.modules.networks.layers import Tensor, Variable, VariableSpec
-from hubbeam.modules.networks.registry import Built, Network, graph_variable
+from hubbeam.modules.networks.registry import CLASSIFIERS, Built, Network, graph_variable
 from hubbeam.modules.spec import CLASSES, FEATURES, ModuleSpec
 
 Format = Literal["hub1", "tf2"]
@@ -65,7 +65,8 @@ def build_module(
       ``checkpoint``, ``checkpoint_sha256``, ``fine_tunable``.
 
     Raises:
-      ConfigError: `spec` names no network, or the checkpoint does not fit it, or `output` is there.
+      ConfigError: `spec` names no network or one of another width, the checkpoint does not fit, or
+        `output` is there already.
       RunError: the checkpoint could not be fetched.
     """
     output = Path(output).expanduser()
@@ -79,12 +80,17 @@ def build_module(
         values = untrained_values(network.variables)
     else:
         with _checkpoint(spec, checkpoint, progress) as opened:
-            network = _with_heads(network, opened, auxiliary=format == "hub1")
+            network = _with_classifiers(network, opened, format)
             values = opened.read({name: v.shape for name, v in network.variables.items()})
             notes |= {
                 "checkpoint": Path(opened.where).name,
                 "checkpoint_sha256": opened.sha256,
             }
+    if network.width != spec.width:
+        raise ConfigError(
+            f"network {network.builder} of module {spec.name} is {network.width} values wide, but "
+            f"its description says {spec.width}"
+        )
     notes |= {
         "untrained": untrained,
         "fine_tunable": not network.quantops,
@@ -111,7 +117,7 @@ def network_of(spec: ModuleSpec) -> Network:
     """Returns the network that a description names, with a classifier if it has classes.
 
     Raises:
-      ConfigError: it names none, or one of another width.
+      ConfigError: it names none.
     """
     if spec.network is None:
         raise ConfigError(f"module {spec.name} cannot be built: its description has no `network`")
@@ -180,21 +186,15 @@ def _checkpoint(
             yield opened
 
 
-def _with_heads(network: Network, checkpoint: Checkpoint, *, auxiliary: bool) -> Network:
+def _with_classifiers(network: Network, checkpoint: Checkpoint, format: Format) -> Network:
     """Gives a network the classifiers that the checkpoint has, at least the module's own."""
-    bare = network.variant(None)
-    classes = network.num_classes or IMAGENET_CLASSES
-    full = network.variant(classes)
-    if not network.num_classes and not _adds(full, bare, checkpoint):
-        return bare
-    if auxiliary and _adds(most := network.variant(classes, auxiliary=True), full, checkpoint):
-        return most
-    return full
-
-
-def _adds(larger: Network, smaller: Network, checkpoint: Checkpoint) -> bool:
-    added = larger.variables.keys() - smaller.variables.keys()
-    return not added.isdisjoint(checkpoint.shapes)
+    main, _ = CLASSIFIERS[network.builder]
+    classes = network.num_classes
+    if any(name.startswith(main) for name in checkpoint.shapes):
+        classes = classes or IMAGENET_CLASSES
+    # In a TF2 module nothing could reach the auxiliary one: a call returns a single tensor.
+    names = checkpoint.shapes if format == "hub1" else ()
+    return network.with_classifiers(classes, names)
 
 
 def _outputs(built: Built, main: str) -> dict[str, dict[str, Tensor]]:
@@ -289,6 +289,8 @@ def _write_tf2(network: Network, values: Values, folder: Path, main: str) -> Non
         return getattr(build(images, training), main)
 
     def signature(name: str) -> Any:
+        if name == "default":
+            return _function(lambda images: {name: called(images, training=False)}, images)
         return _function(lambda images: _outputs(build(images), main)[name], images)
 
     images = network.input_spec()
@@ -302,12 +304,17 @@ def _write_tf2(network: Network, values: Values, folder: Path, main: str) -> Non
         module.trainable_variables, module.regularization_losses = [], []
     else:
         # Only what a call reaches is trained: of a module that gives features, not the classifier.
-        reached = specs if main == "logits" else network.variant(None).variables
+        classifier, _ = CLASSIFIERS[network.builder]
+        reached = [
+            spec
+            for name, spec in specs.items()
+            if spec.trainable and (main == "logits" or not name.startswith(classifier))
+        ]
         decay = _function(
-            lambda: tf.add_n([_l2_loss(variables[s.name], s.l2) for s in reached.values() if s.l2])
+            lambda: tf.add_n([_l2_loss(variables[s.name], s.l2) for s in reached if s.l2])
         )
         decay.get_concrete_function()
-        module.trainable_variables = [variables[s.name] for s in reached.values() if s.trainable]
+        module.trainable_variables = [variables[spec.name] for spec in reached]
         module.regularization_losses = [decay]
     names = ["default", FEATURES, *([CLASSES] if network.num_classes else [])]
     tf.saved_model.save(module, str(folder), {name: signature(name) for name in names})

@@ -81,13 +81,12 @@ def test_published_figures(
     builder: str, args: dict[str, Any], size: int, width: int, millions: float, madds: float
 ) -> None:
     network = Network(builder, args, image_size=size, num_classes=1001)
-    specs, graph = network.declare()
+    specs, graph, _ = network.declare()
     parameters = sum(math.prod(s.shape) for s in specs.values() if s.trainable)
     assert parameters / 1e6 == pytest.approx(millions, rel=0.015)
     # The tables round or cut to millions, the NASNet paper (1.94 B) to three digits.
     assert abs(multiply_adds(graph) / 1e6 - madds) < max(1, 0.003 * madds)
-    classifier = next(s for n, s in specs.items() if "FC/weights" in n or "Conv2d_1c_1x1/w" in n)
-    assert classifier.shape[-2:] == (width, 1001)
+    assert network.width == width
 
 
 def test_channels_are_multiples_of_8() -> None:
@@ -105,19 +104,15 @@ def test_channels_are_multiples_of_8() -> None:
 @pytest.mark.parametrize("size", [96, 100, 192])
 def test_any_input_size(size: int) -> None:
     network = Network("mobilenet_v2", HALF, image_size=size)
-    _, graph = network.declare()
-    last = [op for op in graph.get_operations() if op.type == "Relu6"][-1].outputs[0]
+    last = network.declare().built.end_points["MobilenetV2/layer_19"]
     side = math.ceil(size / 32)
     assert last.shape[1:] == [side, side, 1280]
 
 
 def test_end_points_are_tf_slims() -> None:
     def names(builder: str) -> dict[str, list[int]]:
-        network = Network(builder, image_size=224)
-        with tf.Graph().as_default():
-            images = tf.compat.v1.placeholder(tf.float32, network.input_spec().shape)
-            built = network.build(images, lambda spec: tf.zeros(spec.shape))
-        return {name: t.shape.as_list()[1:] for name, t in built.end_points.items()}
+        found = Network(builder, image_size=224).declare().built.end_points
+        return {name: t.shape.as_list()[1:] for name, t in found.items()}
 
     inception = names("inception_v2")
     assert [n.removeprefix("InceptionV2/") for n in inception] == [
@@ -143,7 +138,7 @@ def path_dropouts(graph: tf.Graph) -> list[float]:
 
 def test_nasnet_path_dropout_grows_with_depth() -> None:
     network = Network("nasnet_mobile", {"drop_path_keep": 0.7}, image_size=64)
-    found = path_dropouts(network.declare(training=True)[1])
+    found = path_dropouts(network.declare(training=True).graph)
     # All but "none": 9 operations in each of 4 reduction cells, 8 in each of 12 normal cells.
     assert len(found) == 4 * 9 + 12 * 8
     assert found == sorted(found, reverse=True)
@@ -155,8 +150,8 @@ def test_nasnet_path_dropout_grows_with_depth() -> None:
 def test_nasnet_training_graph_has_the_auxiliary_classifier() -> None:
     args = {"auxiliary": True}
     network = Network("nasnet_mobile", args, image_size=224, num_classes=1001)
-    trained, graph = network.declare(training=True)
-    inference, _ = network.declare(training=False)
+    trained, graph, built = network.declare(training=True)
+    inference = network.declare(training=False).variables
     added = {name: spec.shape for name, spec in trained.items() if name not in inference}
     assert all(name.startswith("aux_7/aux_logits/") for name in added)
     assert added["aux_7/aux_logits/proj/weights"] == (1, 1, 528, 128)
@@ -164,6 +159,7 @@ def test_nasnet_training_graph_has_the_auxiliary_classifier() -> None:
     assert added["aux_7/aux_logits/FC/weights"] == (768, 1001)
     assert len(added) == 3 + 2 * 4 + 1
     assert inference.keys() < trained.keys()
+    assert built.end_points["AuxLogits"].shape[1:] == [1001]
     assert path_dropouts(graph) == []  # TF-Slim trained the mobile network without
 
 

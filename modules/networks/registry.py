@@ -1,7 +1,7 @@
 """The networks by the names that module descriptions use."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -21,6 +21,13 @@ BUILDERS: dict[str, Callable[..., Outputs]] = {
     "mobilenet_v2": mobilenet_v2,
     "nasnet_mobile": nasnet_mobile,
 }
+# Where the variables of the classifiers are: those of the main, and of the auxiliary one.
+CLASSIFIERS = {
+    "inception_v2": ("InceptionV2/Logits/", None),
+    "mobilenet_v1": ("MobilenetV1/Logits/", None),
+    "mobilenet_v2": ("MobilenetV2/Logits/", None),
+    "nasnet_mobile": ("final_layer/", "aux_7/"),
+}
 
 
 class Built(NamedTuple):
@@ -37,6 +44,20 @@ class Built(NamedTuple):
     logits: Tensor | None
     end_points: dict[str, Tensor]
     updates: list[Any]
+
+
+class Declared(NamedTuple):
+    """A network in a TF1 graph of its own.
+
+    Attributes:
+      variables: what it asked for, by name, in the order of use.
+      graph: the graph, with variables without values.
+      built: its tensors there.
+    """
+
+    variables: dict[str, VariableSpec]
+    graph: tf.Graph
+    built: Built
 
 
 class Network:
@@ -79,15 +100,16 @@ class Network:
                 f"it takes {', '.join(sorted(self._takes)) or 'none'}"
             )
 
-    def variant(self, num_classes: int | None, *, auxiliary: bool = False) -> "Network":
-        """Returns the same network with other classifiers.
+    def with_classifiers(self, num_classes: int | None, names: Iterable[str]) -> "Network":
+        """Returns the same network with the classifiers that there are values for.
 
         Args:
           num_classes: width of the logits, None for no classifier.
-          auxiliary: with the auxiliary classifier too, if this kind of network has one.
+          names: of variables that have values.
         """
+        _, auxiliary = CLASSIFIERS[self.builder]
         args = {k: v for k, v in self.args.items() if k != "auxiliary"}
-        if auxiliary and "auxiliary" in self._takes:
+        if num_classes and auxiliary and any(name.startswith(auxiliary) for name in names):
             args["auxiliary"] = True
         return Network(
             self.builder,
@@ -122,19 +144,23 @@ class Network:
         """Returns the type and shape of the images."""
         return tf.TensorSpec([None, self.image_size, self.image_size, 3], tf.float32, "images")
 
-    @cached_property
+    @property
     def variables(self) -> dict[str, VariableSpec]:
         """All variables of its graphs by name, in the order of use."""
+        return self._declared.variables
+
+    @property
+    def width(self) -> int:
+        """Number of values in the feature vector."""
+        return int(self._declared.built.features.shape[1])
+
+    @cached_property
+    def _declared(self) -> "Declared":
         # Only the auxiliary classifier has variables that the inference graph lacks.
-        specs, _ = self.declare(training=bool(self.args.get("auxiliary")))
-        return specs
+        return self.declare(training=bool(self.args.get("auxiliary")))
 
-    def declare(self, *, training: bool = False) -> tuple[dict[str, VariableSpec], tf.Graph]:
-        """Builds the network in a new graph, to see what it needs.
-
-        Returns:
-          Its variables by name, in the order of use, and the graph.
-        """
+    def declare(self, *, training: bool = False) -> "Declared":
+        """Builds the network in a new graph, to see what it needs and what it is."""
         specs: dict[str, VariableSpec] = {}
 
         def declared(spec: VariableSpec) -> Variable:
@@ -143,8 +169,7 @@ class Network:
 
         with tf.Graph().as_default() as graph:
             images = tf.compat.v1.placeholder(tf.float32, self.input_spec().shape, "images")
-            self.build(images, declared, training=training)
-        return specs, graph
+            return Declared(specs, graph, self.build(images, declared, training=training))
 
 
 def graph_variable(spec: VariableSpec) -> Variable:
