@@ -21,6 +21,7 @@ from hubbeam.modules.networks.registry import Network
 from hubbeam.modules.presets import load_preset
 from hubbeam.modules.spec import CLASSES, load_spec
 
+QUANTOPS = "mobilenet_v1_100_160_quantops"
 QUANT = "checkpoints/mobilenet_v1_quant"
 CLASSIFIER = f"{QUANT}/mobilenet_v1_0.5_160_quant.tflite"
 EXTRACTOR = f"{QUANT}/mobilenet_v1_1.0_224_quant_embedding_extractor.tflite"
@@ -340,12 +341,20 @@ def test_uint8_export_agrees_with_graph(classifier: Published) -> None:
     assert correlation(run(classifier.logits, classifier.pixels / np.float32(255)), theirs) > 0.995
 
 
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    spec, base = load_spec(QUANTOPS), tmp_path_factory.mktemp("quantops")
+    formats: tuple[Literal["hub1", "tf2"], ...] = ("hub1", "tf2")
+    return {f: build_module(spec, base / f, format=f, untrained=True) for f in formats}
+
+
 @pytest.mark.parametrize("format", ["hub1", "tf2"])
-def test_module_to_uint8(format: Literal["hub1", "tf2"], tmp_path: Path, photos: Path) -> None:
+def test_module_to_uint8(
+    format: str, modules: dict[str, Path], photos: Path, tmp_path: Path
+) -> None:
     """A built module, both formats: every range of the file is what the module's own implies."""
-    spec = load_spec("mobilenet_v1_100_160_quantops")
-    values = untrained_values(network_of(spec).variables)
-    folder = build_module(spec, tmp_path / "quantops", format=format, untrained=True)
+    values = untrained_values(network_of(load_spec(QUANTOPS)).variables)
+    folder = modules[format]
     model = tflite.to_tflite(folder, tmp_path / "m.tflite", uint8=True, signature=CLASSES)
     assert model.size_bytes == (tmp_path / "m.tflite").stat().st_size
     assert model.integer
@@ -373,9 +382,10 @@ def test_module_to_uint8(format: Literal["hub1", "tf2"], tmp_path: Path, photos:
         tflite.to_tflite(folder, tmp_path / "n.tflite", uint8=True, calibration=str(photos / "*"))
 
 
-def test_module_to_float_keeps_the_rounding(tmp_path: Path, labelled: list[Path]) -> None:
-    spec = load_spec("mobilenet_v1_100_160_quantops")
-    folder = build_module(spec, tmp_path / "quantops", untrained=True)
+def test_module_to_float_keeps_the_rounding(
+    modules: dict[str, Path], labelled: list[Path], tmp_path: Path
+) -> None:
+    folder = modules["hub1"]
     model = tflite.to_tflite(folder, tmp_path / "m.tflite")
     assert not model.integer
     assert not any(
