@@ -67,8 +67,8 @@ def count_shards(
 ) -> int:
     """Says into how many shards to divide.
 
-    By default shards of at most `IMAGES_PER_SHARD` images; more, smaller ones while workers would
-    get fewer than four each, but none below 256 images for that.
+    By default shards of at most `IMAGES_PER_SHARD` images; more, smaller ones while several workers
+    would get fewer than four each, but none below 256 images for that.
 
     Args:
       images: how many there are.
@@ -92,7 +92,9 @@ def count_shards(
     else:
         count = max(
             -(-images // IMAGES_PER_SHARD),
-            min(_SHARDS_PER_WORKER * workers, images // _MIN_IMAGES_PER_SHARD),
+            min(_SHARDS_PER_WORKER * workers, images // _MIN_IMAGES_PER_SHARD)
+            if workers > 1
+            else 0,
             min(images, 1),
         )
     if count > 99_999:
