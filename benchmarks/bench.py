@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -97,7 +98,11 @@ class Bench:
                 "store": self.store,
                 "built": str(cache / "built"),
                 "modules": modules,
-                "threads": sorted({threads_for(1), threads_for(2)}, reverse=True),
+                # `processes` runs the main module with half of the threads as well.
+                "threads": {
+                    name: sorted({threads_for(1), threads_for(2 if name == MAIN else 1)})[::-1]
+                    for name in modules
+                },
             }
         )
         self._engines_searched: Result = {}
@@ -127,7 +132,11 @@ class Bench:
                     start_new_session=True,
                 )
                 watched = _Session(process.pid) if sample else None
-                _, status, usage = os.wait4(process.pid, 0)
+                try:
+                    _, status, usage = os.wait4(process.pid, 0)
+                except BaseException:
+                    os.killpg(process.pid, signal.SIGTERM)  # a session of its own: no Ctrl-C there
+                    raise
                 process.returncode = os.waitstatus_to_exitcode(status)
                 seconds = time.time() - begin
             if watched is not None:

@@ -131,7 +131,7 @@ def prepare(task: Result) -> Result:
             if not Path(folder).exists():
                 build_module(load_spec(name), folder, untrained=True)
         module = store.add(folder, name)
-        choices = [choose_engine(store, module, threads=n) for n in task["threads"]]
+        choices = [choose_engine(store, module, threads=n) for n in task["threads"][name]]
         found[name] = {
             "module": module.model_dump(mode="json"),
             "folder": str(store.local_folder(module)),
