@@ -1,4 +1,4 @@
-"""Fixtures of all tests: the material in ``../shared``, a store with the original module, photos."""
+"""Fixtures of all tests: the material in ../shared, a store with the original module, photos."""
 
 import importlib.util
 import os
