@@ -46,7 +46,7 @@ class EngineChoice(BaseModel):
       batch_size: images that go through the module at once.
       streams: threads that each ran batches of their own when it was measured.
       cosine_min: the worst agreement with TensorFlow over `check_pictures`, see `agreement`.
-      images_per_second: what the engine alone did with that many streams.
+      images_per_second: what the engine alone does with that many streams on as many cores.
       cpu: the processor that it was measured on.
       pinned: whether the user named the engine.
       why: one line for a person.
