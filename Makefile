@@ -52,14 +52,14 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/package
-	$(BIN)/mypy --no-silence-site-packages -p hubbeam
+	$(BIN)/mypy -p hubbeam
 
 unit: $(VENV)/package
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 bench: $(VENV)/package
 	$(BIN)/python -m pip install --quiet '.[bench]'
-	$(BIN)/python -m benchmarks.bench
+	$(BIN)/python benchmarks/bench.py $(if $(BENCH_MODULE),--module $(BENCH_MODULE)) $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) build demo *.egg-info
