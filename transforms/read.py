@@ -1,9 +1,9 @@
 """Image files into bytes, with the storage's failures told apart."""
 
+import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from threading import Condition
 
 from apache_beam.utils import retry
@@ -58,11 +58,16 @@ def read_image(uri: str, limits: Limits) -> bytes:
     num_retries=3, initial_delay_secs=0.5, retry_filter=lambda error: _is_transient(error)
 )
 def _read(uri: str, limit: int) -> bytes:
-    if files.is_local(uri) and not stat.S_ISREG(Path(uri).stat().st_mode):
-        # Opening a pipe would wait for a writer for ever.
-        raise ImageError("unsupported_format", "not a regular file")
-    with files.open_read(uri) as file:
-        return file.read(limit)
+    if not files.is_local(uri):
+        with files.open_read(uri) as file:
+            return file.read(limit)
+    # Without waiting: opening a pipe would wait for a writer for ever.
+    with open(os.open(uri, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError("unsupported_format", "not a regular file")
+        # As many bytes as there are: room for `limit` of them would be cleared for each file.
+        return file.read(min(limit, status.st_size))
 
 
 def _reason(error: BaseException) -> str:
