@@ -62,7 +62,7 @@ def _read(uri: str, limit: int) -> bytes:
         with files.open_read(uri) as file:
             return file.read(limit)
     # Without waiting: opening a pipe would wait for a writer for ever.
-    with open(os.open(uri, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+    with os.fdopen(os.open(uri, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ImageError("unsupported_format", "not a regular file")
