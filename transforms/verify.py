@@ -14,7 +14,7 @@ from hubbeam.modules.errors import RunError
 from hubbeam.transforms import files
 from hubbeam.transforms.job import ExtractJob
 from hubbeam.transforms.plan import read_plan_shard
-from hubbeam.transforms.write import REJECTS, local_copy, read_rejects, read_shard
+from hubbeam.transforms.write import REJECTS, local_copy, read_rejects, read_uris
 
 
 class _Data(BaseModel):
@@ -140,13 +140,9 @@ def _read_vectors(path: str, width: int) -> tuple[FileReport, pa.ChunkedArray, d
     if not files.exists(path):
         raise FileNotFoundError("no such file")
     with local_copy(path) as copy:
-        # All columns, so that damage anywhere in the file is found.
-        table, metadata = read_shard(copy, ("uri", "vector"))
-        lengths = pc.list_value_length(table["vector"])
-        if len(lengths) and not pc.all(pc.equal(lengths, width)).as_py():
-            raise ValueError(f"not all vectors have {width} values")
-        report = _file_report(copy, table.num_rows)
-    return report, table["uri"], metadata
+        uris, metadata = read_uris(copy, width)
+        report = _file_report(copy, len(uris))
+    return report, uris, metadata
 
 
 def _file_report(path: str, rows: int) -> FileReport:

@@ -237,24 +237,30 @@ def read_rejects(path: str) -> tuple[pa.Table, dict[str, Any]]:
     return table.cast(REJECTS), json.loads(metadata)
 
 
-def read_shard(path: str, columns: Sequence[str] = ("uri",)) -> tuple[pa.Table, dict[str, Any]]:
-    """Reads columns of a local shard of vectors in either format.
+def read_uris(path: str, width: int) -> tuple[pa.ChunkedArray, dict[str, Any]]:
+    """Reads a local shard of vectors whole, a row group at a time, so that damage is found.
 
     Args:
       path: a local file, as `local_copy` gives.
-      columns: names out of `vectors_schema`.
+      width: values that each vector must have.
 
     Returns:
-      The table and the shard's metadata (empty for a TFRecord shard without rows).
+      The uris, and the shard's metadata (empty for a TFRecord shard without rows).
 
     Raises:
-      ValueError: the file is damaged (`pa.ArrowInvalid` is one).
+      ValueError: the file is damaged (`pa.ArrowInvalid` is one), or its vectors have another width.
+      OSError: it is damaged, or cannot be read.
     """
-    if path.endswith(".parquet"):
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            metadata = (file.schema_arrow.metadata or {}).get(METADATA_KEY.encode(), b"{}")
-            return file.read(columns=list(columns)), json.loads(metadata)
-    return _read_tfrecord(path, columns)
+    if not path.endswith(".parquet"):
+        return _read_tfrecord(path, width)
+    uris: list[pa.Array] = []
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        if file.schema_arrow.field("vector").type != _vector_type(width):
+            raise ValueError(f"{path}: the vectors do not have {width} values")
+        for group in range(file.num_row_groups):
+            uris += file.read_row_group(group, ["uri", "vector"])["uri"].chunks
+        metadata = (file.schema_arrow.metadata or {}).get(METADATA_KEY.encode(), b"{}")
+    return pa.chunked_array(uris, pa.string()), json.loads(metadata)
 
 
 def tfrecord_features(width: int) -> dict[str, dict[str, Any]]:
@@ -274,30 +280,22 @@ def tfrecord_features(width: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def _read_tfrecord(path: str, columns: Sequence[str]) -> tuple[pa.Table, dict[str, Any]]:
+def _read_tfrecord(path: str, width: int) -> tuple[pa.ChunkedArray, dict[str, Any]]:
     tf = import_tensorflow()
-    rows: list[dict[str, Any]] = []
+    uris: list[str] = []
     metadata: dict[str, Any] = {}
     compression = "GZIP" if path.endswith(".gz") else ""
     try:
         for record in tf.data.TFRecordDataset(path, compression).as_numpy_iterator():
             feature = tf.train.Example.FromString(record).features.feature
-            if not rows and METADATA_KEY in feature:
+            if not uris and METADATA_KEY in feature:
                 metadata = json.loads(feature[METADATA_KEY].bytes_list.value[0])
-            rows.append({name: _plain(feature[name]) for name in columns})
-    except (tf.errors.DataLossError, tf.errors.OutOfRangeError) as error:
+            if len(feature["vector"].float_list.value) != width:
+                raise ValueError(f"{path}: the vectors do not have {width} values")
+            uris.append(feature["uri"].bytes_list.value[0].decode())
+    except tf.errors.OpError as error:
         raise ValueError(f"{path}: {error.message}") from error
-    types = {field.name: field.type for field in PICTURE_FIELDS}
-    schema = pa.schema([(name, types.get(name, pa.list_(pa.float32()))) for name in columns])
-    return pa.Table.from_pylist(rows, schema), metadata
-
-
-def _plain(feature: Any) -> Any:
-    kind = feature.WhichOneof("kind")
-    values = getattr(feature, kind).value
-    if kind == "float_list":
-        return np.array(values, np.float32)
-    return values[0].decode() if kind == "bytes_list" else values[0]
+    return pa.chunked_array([pa.array(uris, pa.string())]), metadata
 
 
 @contextmanager
