@@ -10,8 +10,8 @@ from hubbeam.modules.spec import ResolvedModule
 from hubbeam.modules.store import Store
 from hubbeam.transforms.read import ByteBudget
 
-READ_THREADS = 32
-"""Reads that may wait for the storage at once."""
+READS_A_CORE = 32
+"""Reads that may wait for the storage at once, for each core."""
 
 READ_AHEAD_BYTES = 128 << 20
 """Bytes of image files that may be in memory at once."""
@@ -41,7 +41,8 @@ class Process:
     Attributes:
       threads: cores that this process computes on.
       compute: pool of threads that decode and run modules.
-      readers: pool of threads that wait for the storage.
+      reads: reads that may wait for the storage at once.
+      readers: pool of as many threads.
       reading: bytes of image files in memory.
       decoding: bytes that pictures being decoded may take.
     """
@@ -49,7 +50,8 @@ class Process:
     def __init__(self, threads: int):
         self.threads = threads
         self.compute = ThreadPoolExecutor(THREADS_A_CORE * threads, "hubbeam-compute")
-        self.readers = ThreadPoolExecutor(READ_THREADS, "hubbeam-read")
+        self.reads = READS_A_CORE * threads
+        self.readers = ThreadPoolExecutor(self.reads, "hubbeam-read")
         self.reading = ByteBudget(READ_AHEAD_BYTES)
         self.decoding = ByteBudget(max(DECODE_BYTES, threads * DECODE_BYTES // 8))
         self._engines: dict[str, Engine] = {}

@@ -66,8 +66,8 @@ def _read(uri: str, limit: int) -> bytes:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ImageError("unsupported_format", "not a regular file")
-        # As many bytes as there are: room for `limit` of them would be cleared for each file.
-        return file.read(min(limit, status.st_size))
+        # `read` would make room for `limit` bytes for each file, however small.
+        return file.read(limit) if status.st_size >= limit else file.readall()
 
 
 def _reason(error: BaseException) -> str:

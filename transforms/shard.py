@@ -18,6 +18,7 @@ from apache_beam.metrics import Metrics
 
 from hubbeam.modules.engines.base import Engine
 from hubbeam.modules.errors import ImageError, RunError
+from hubbeam.transforms import files
 from hubbeam.transforms.decode import decode_batch
 from hubbeam.transforms.embed import embed_batch
 from hubbeam.transforms.job import ExtractJob
@@ -38,8 +39,12 @@ IMAGES_AT_ONCE = 16
 """Most images that a thread decodes and embeds in one go. Measured: fewer than 4 cost a tenth more
 processor time for their handling, and with many the threads wait for the last one of a shard."""
 
+BYTES_AT_ONCE = 4 << 20
+"""Bytes of image files after which a batch is cut: large pictures are not kept waiting for many."""
+
 BATCHES_AHEAD = 4
-"""Batches for each computing thread that are read, computed or waiting to be written."""
+"""Batches for each core that are read, computed or waiting to be written. Where the storage is
+remote, as many as there are threads to wait for it."""
 
 
 @dataclass
@@ -115,13 +120,21 @@ def compute_batches(
     """
     if not plan.num_rows:
         return
-    size = min(job.batch_size, IMAGES_AT_ONCE)
+    max_bytes = job.planned.meaning.limits.max_bytes
+    sizes = [
+        min(ASSUMED_BYTES if size is None else size, max_bytes)
+        for size in plan["size_bytes"].to_pylist()
+    ]
+    local = all(files.is_local(uri) for uri in plan["uri"].slice(0, 1).to_pylist())
+    most_ahead = BATCHES_AHEAD * process.threads if local else process.reads
     ahead: deque[Future[BatchResult]] = deque()
     try:
-        for start in range(0, plan.num_rows, size):
-            if len(ahead) >= BATCHES_AHEAD * process.threads:
+        step = max(engine.batch_size for engine in engines)
+        for start, stop in cut_batches(sizes, min(job.batch_size, IMAGES_AT_ONCE), step):
+            if len(ahead) >= most_ahead:
                 yield ahead.popleft().result()
-            ahead.append(_start_batch(job, plan.slice(start, size), engines, process))
+            rows = plan.slice(start, stop - start)
+            ahead.append(_start_batch(job, rows, sum(sizes[start:stop]), engines, process))
         while ahead:
             yield ahead.popleft().result()
     finally:
@@ -129,15 +142,33 @@ def compute_batches(
             future.cancel()
 
 
+def cut_batches(sizes: Sequence[int], most: int, step: int) -> Iterator[tuple[int, int]]:
+    """Cuts a row of images into batches, bounded by count and by bytes.
+
+    Args:
+      sizes: bytes of each image.
+      most: images in a batch, at most.
+      step: images that an engine takes at once; a batch is cut for its bytes only after a multiple.
+
+    Yields:
+      Start and stop of each batch, in order.
+    """
+    start = held = 0
+    for stop, size in enumerate(sizes, 1):
+        held += size
+        count = stop - start
+        if count == most or (held >= BYTES_AT_ONCE and count % min(step, most) == 0):
+            yield start, stop
+            start, held = stop, 0
+    if start < len(sizes):
+        yield start, len(sizes)
+
+
 def _start_batch(
-    job: ExtractJob, rows: pa.Table, engines: Sequence[Engine], process: Process
+    job: ExtractJob, rows: pa.Table, size_bytes: int, engines: Sequence[Engine], process: Process
 ) -> "Future[BatchResult]":
     limits = job.planned.meaning.limits
     uris = rows["uri"].to_pylist()
-    size_bytes = sum(
-        min(ASSUMED_BYTES if size is None else size, limits.max_bytes)
-        for size in rows["size_bytes"].to_pylist()
-    )
     process.reading.acquire(size_bytes)
     done: Future[BatchResult] = Future()
 

@@ -1,0 +1,117 @@
+"""How a shard is cut into batches, and that nothing hangs or is lost when something fails."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hubbeam.modules.images import Limits
+from hubbeam.modules.store import Store
+from hubbeam.pipelines import extract
+from hubbeam.pipelines.options import ExtractOptions
+from hubbeam.pipelines.runners import Runner
+from hubbeam.transforms.job import ExtractJob
+from hubbeam.transforms.plan import read_plan_shard
+from hubbeam.transforms.process import this_process
+from hubbeam.transforms.read import ByteBudget, read_image
+from hubbeam.transforms.shard import BYTES_AT_ONCE, compute_batches, cut_batches, extract_shard
+
+MODULE = "mobilenet_v2_050_224"
+BIG = BYTES_AT_ONCE
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "step", "batches"),
+    [
+        ([], 16, 2, []),
+        ([1] * 5, 2, 1, [(0, 2), (2, 4), (4, 5)]),
+        ([BIG] * 5, 16, 1, [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]),
+        ([BIG] * 5, 16, 2, [(0, 2), (2, 4), (4, 5)]),
+        ([BIG] * 5, 3, 4, [(0, 3), (3, 5)]),
+        ([1, BIG, 1, 1, 1], 16, 1, [(0, 2), (2, 5)]),
+    ],
+)
+def test_batches_are_bounded_by_count_and_bytes(
+    sizes: list[int], most: int, step: int, batches: list[tuple[int, int]]
+) -> None:
+    assert list(cut_batches(sizes, most, step)) == batches
+
+
+@pytest.fixture(scope="module")
+def job(store: Store, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> ExtractJob:
+    """A planned run over the labelled photographs, in one shard, nothing computed."""
+    output = str(tmp_path_factory.mktemp("job"))
+    options = ExtractOptions(
+        inputs=(str(shared / "images" / "labelled"),),
+        modules=(MODULE,),
+        output=output,
+        store=store.root,
+    )
+    runner = Runner.from_options(options, [])
+    meaning = extract.resolve(options, runner)
+    return ExtractJob(
+        output=output,
+        planned=extract._plan_in(output, meaning, False, runner),
+        engines=extract._choose_engines(meaning, options, runner),
+        store=store.root,
+    )
+
+
+class Dying:
+    """An engine that takes the process down with it, as a lack of memory does."""
+
+    name, version, streams, batch_size = "dying", "1", 1, 1
+
+    def run(self, pixels: np.ndarray) -> np.ndarray:
+        raise KeyboardInterrupt
+
+
+def test_what_kills_a_batch_ends_the_shard(job: ExtractJob) -> None:
+    process = this_process()
+    plan = read_plan_shard(job.plan, 0, 1)
+    engine: Any = Dying()
+    with pytest.raises(KeyboardInterrupt):
+        list(compute_batches(job, plan, [engine], process))
+    process.reading.acquire(1 << 40)  # all bytes were given back: this does not wait
+    process.reading.release(1 << 40)
+
+
+def test_an_abandoned_shard_leaves_nothing(job: ExtractJob) -> None:
+    process = this_process()
+    running = extract_shard(job, 0, process)
+    next(running)
+    running.close()
+    process.reading.acquire(1 << 40)
+    process.reading.release(1 << 40)
+    assert not list(Path(job.output).glob(f"{MODULE}/*")) + list(Path(job.output).glob("*/.*.tmp"))
+
+
+def test_budget_gives_the_whole_to_one_at_a_time() -> None:
+    budget = ByteBudget(10)
+    with budget.reserve(100):
+        pass
+    with budget.reserve(4), budget.reserve(6):
+        pass
+
+
+def test_pipes_and_folders_are_not_read(tmp_path: Path) -> None:
+    import os
+
+    from hubbeam.modules.errors import ImageError
+
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for name, reason in (
+        ("pipe.jpg", "unsupported_format"),
+        ("", "unsupported_format"),
+        ("gone.jpg", "not_found"),
+        ("gone/x.jpg", "not_found"),
+    ):
+        with pytest.raises(ImageError) as error:
+            read_image(str(tmp_path / name), Limits())
+        assert error.value.reason == reason
+    (tmp_path / "large.jpg").write_bytes(b"x" * 11)
+    with pytest.raises(ImageError) as error:
+        read_image(str(tmp_path / "large.jpg"), Limits(max_bytes=10))
+    assert error.value.reason == "too_large"
+    assert read_image(str(tmp_path / "large.jpg"), Limits(max_bytes=11)) == b"x" * 11
