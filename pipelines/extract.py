@@ -132,7 +132,7 @@ def run_extract(
         if planned is None:
             planned = _plan_in(output, meaning, replaces, runner)
         else:
-            _sweep(output)
+            _sweep(output, meaning)
         progress = (
             stack.enter_context(tempfile.TemporaryDirectory(prefix="hubbeam-"))
             if runner.is_local
@@ -328,11 +328,15 @@ def _only_one(output: str) -> Iterator[None]:
         yield
 
 
-def _sweep(output: str) -> None:
-    """Removes what a killed run left half-written."""
-    if files.is_local(output):
-        for leftover in Path(output).rglob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+def _sweep(output: str, meaning: Meaning) -> None:
+    """Removes what a killed run left half-written in the folders that are hubbeam's own."""
+    if not files.is_local(output):
+        return
+    leftovers = list(Path(output).glob(f".{run_path('')}.*.tmp"))
+    for folder in (*_names(meaning), "rejects"):
+        leftovers += Path(output, folder).glob(".*.tmp")
+    for leftover in leftovers:
+        leftover.unlink(missing_ok=True)
 
 
 def _first_cause(error: BaseException) -> str:

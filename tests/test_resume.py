@@ -96,6 +96,8 @@ def test_killed_run_is_taken_up(
             extract.run_extract(options(store, inputs, killed, **other), [])
     # What a killed writer leaves.
     (killed / MODULE / ".vectors-00009-of-00010.parquet.1-abcd.tmp").write_bytes(b"half")
+    (killed / ".run.json.1-abcd.tmp").write_bytes(b"half")
+    (killed / ".mine.tmp").write_bytes(b"the user's own")
 
     report = run(store, inputs, killed)
     assert report.published and report.shards_kept == len(finished)
@@ -104,6 +106,7 @@ def test_killed_run_is_taken_up(
         for path in finished
     )
     assert finished.items() <= {p: p.stat().st_mtime_ns for p in killed.rglob("*")}.items()
+    (killed / ".mine.tmp").unlink()
     assert contents(killed) == contents(undisturbed)
 
 
