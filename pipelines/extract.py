@@ -33,6 +33,8 @@ from hubbeam.transforms.process import threads_for
 from hubbeam.transforms.publish import (
     Publish,
     RunReport,
+    drop_work,
+    job_path,
     outcome_path,
     published_files,
     run_path,
@@ -219,13 +221,9 @@ def _choose_engines(
     )
 
 
-def _job_file(output: str) -> str:
-    return files.join(output, WORK_FOLDER, "job.json")
-
-
 def _unfinished(output: str, meaning: Meaning, overwrite: bool) -> PlannedRun | None:
     """Finds the plan of a run that was not finished here, if it is one of ours."""
-    path = _job_file(output)
+    path = job_path(output)
     if not files.exists(path):
         return None
     try:
@@ -276,19 +274,20 @@ def _names(meaning: Meaning) -> list[str]:
 def _plan_in(output: str, meaning: Meaning, replaces: bool, runner: Runner) -> PlannedRun:
     """Plans a new run in the output; the job file, written last, says that the plan is whole."""
     work = files.join(output, WORK_FOLDER)
-    fresh = not files.exists(output)
-    files.delete_folder(work)
+    # Object stores have no folders: there, deleting one would delete what others put below it.
+    fresh = files.is_local(output) and not files.exists(output)
+    drop_work(output)
     if not replaces:
         for path in published_files(output, _names(meaning)):
             files.delete(files.join(output, path))
     try:
         planned = _plan(meaning, files.join(work, "plan"), replaces, runner)
     except BaseException:
-        files.delete_folder(work)
+        drop_work(output)
         if fresh:
             files.delete_folder(output)
         raise
-    files.write_bytes(_job_file(output), planned.model_dump_json(indent=1).encode())
+    files.write_bytes(job_path(output), planned.model_dump_json(indent=1).encode())
     return planned
 
 
@@ -346,7 +345,8 @@ def _first_cause(error: BaseException) -> str:
 
 
 def _read_report(job: ExtractJob) -> RunReport:
-    for path in (run_path(job.output), outcome_path(job)):
+    # The outcome first: a run.json with the same plan may be of the run that is being replaced.
+    for path in (outcome_path(job), run_path(job.output)):
         if files.exists(path):
             report = RunReport.model_validate_json(files.read_bytes(path))
             if report.plan == job.planned.plan_id:

@@ -417,6 +417,9 @@ def test_from_and_to_object_storage(
     assert np.abs(vectors_of(remote) - vectors_of(local)).max() < 1e-5
     with pytest.raises(ConfigError, match="already holds a dataset"):
         run(store, output, f"{gcs_bucket}/photos")
+    with pytest.raises(ConfigError, match="no image matches"):
+        run(store, output, f"{gcs_bucket}/photos/**/no*.jpg", overwrite=True)
+    assert files.list_below(output) == names
     assert run(store, output, f"{gcs_bucket}/photos/**/c*.jpg", overwrite=True).published
     assert files.list_below(output) == [
         f"{MODULE}/_SUCCESS",

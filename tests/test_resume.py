@@ -14,6 +14,7 @@ from hubbeam.modules.errors import ConfigError
 from hubbeam.modules.store import Store
 from hubbeam.pipelines import extract
 from hubbeam.pipelines.options import ExtractOptions
+from hubbeam.transforms import files
 from hubbeam.transforms.publish import RunReport
 
 MODULE = "mobilenet_v2_050_224"
@@ -145,6 +146,7 @@ def test_publication_that_was_cut_off_is_finished(
     run(store, inputs / "n01443537*.jpg", output, shards=2)
     report = run(store, inputs, output, overwrite=True, max_reject_fraction=0)
     assert not report.published
+    (output / ".hubbeam" / "moving").touch()
     new = output / ".hubbeam" / "new" / MODULE
     for shard in (0, 1, 2):
         name = f"vectors-{shard:05d}-of-00010.parquet"
@@ -153,3 +155,35 @@ def test_publication_that_was_cut_off_is_finished(
     report = run(store, inputs, output, overwrite=True)
     assert report.published and report.shards_kept == 10
     assert contents(output) == contents(undisturbed)
+
+
+def test_overwriting_keeps_nothing_of_the_old_run(
+    store: Store, photos: Path, tmp_path: Path
+) -> None:
+    """Even where the plan is the same."""
+    images, output = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    (images / "a.jpg").write_bytes((photos / "coffee.jpg").read_bytes())
+    (images / "b.jpg").write_bytes(b"nothing")
+    assert run(store, images, output, shards=1, max_reject_fraction=0.5).published
+    again = {"shards": 1, "overwrite": True}
+    report = run(store, images, output, max_reject_fraction=0, **again)
+    assert not report.published and report.shards_kept == 0
+    assert (output / MODULE / "_SUCCESS").exists()
+    report = run(store, images, output, max_reject_fraction=0.5, **again)
+    assert report.published and report.shards_kept == 1
+
+
+def test_work_folder_half_deleted_is_no_run(
+    store: Store, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dies while the work folder is deleted, after the publication or for another plan."""
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "delete_folder", lambda folder: None)
+        assert run(store, photos, output, shards=2).published
+    assert list((output / ".hubbeam").rglob("plan-*"))
+    with pytest.raises(ConfigError, match="already holds a dataset"):
+        run(store, photos, output, shards=2)
+    assert run(store, photos, output, shards=1, overwrite=True).shards_kept == 0
+    assert not (output / ".hubbeam").exists()

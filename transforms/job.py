@@ -160,6 +160,11 @@ class ExtractJob(_Data):
         """
         return files.join(self.work, "new") if self.planned.replaces else self.output
 
+    @property
+    def moving(self) -> str:
+        """File that says that shards are being moved from `root` to the output."""
+        return files.join(self.work, "moving")
+
     def vectors_path(self, root: str, module: str, shard: int) -> str:
         """Path of a shard of vectors below `root`."""
         return files.join(root, module, self._file_name("vectors", shard, self._suffix))

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from hubbeam.modules.errors import ConfigError, RunError
 from hubbeam.transforms import files
-from hubbeam.transforms.job import RUN_FILE, SUCCESS, ExtractJob
+from hubbeam.transforms.job import RUN_FILE, SUCCESS, WORK_FOLDER, ExtractJob
 from hubbeam.transforms.verify import ShardReport
 from hubbeam.transforms.write import METADATA_KEY, dataset_metadata, tfrecord_features
 
@@ -122,8 +122,19 @@ def publish(job: ExtractJob, reports: Iterable[ShardReport]) -> RunReport:
     files.write_bytes(run_path(job.output), _to_json(report.model_dump(mode="json")))
     for module in job.modules:
         files.write_bytes(files.join(job.output, module.name, SUCCESS), b"")
-    files.delete_folder(job.work)
+    drop_work(job.output)
     return report
+
+
+def job_path(output: str) -> str:
+    """Path of the `PlannedRun` of an unfinished run."""
+    return files.join(output, WORK_FOLDER, "job.json")
+
+
+def drop_work(output: str) -> None:
+    """Deletes the work folder; the job file first, so that no run takes up half a plan."""
+    files.delete(job_path(output))
+    files.delete_folder(files.join(output, WORK_FOLDER))
 
 
 def _to_json(data: Any) -> bytes:
@@ -213,6 +224,7 @@ def _take_the_place(job: ExtractJob, reports: list[ShardReport]) -> None:
     new = {file.path for report in reports for file in report.vectors.values()}
     new |= {report.rejects.path for report in reports if report.rejects}
     old = set(published_files(job.output, (module.name for module in job.modules)))
+    files.write_bytes(job.moving, b"")
     for path in old:
         if not _is_data(path):
             files.delete(files.join(job.output, path))

@@ -115,10 +115,15 @@ def verify_shard(job: ExtractJob, shard: int) -> ShardReport:
 
 
 def _where(job: ExtractJob, path: str) -> str:
-    """Finds a file where shards are written, else where its publication has moved it to."""
+    """Finds a file where shards are written, else where its publication has moved it to.
+
+    Before that has begun, what stands in the output is of the run that this one replaces, and may
+    have the same plan: the same images, whose content may be another by now.
+    """
     written = files.join(job.root, path)
-    moved = files.join(job.output, path)
-    return moved if moved != written and not files.exists(written) else written
+    if job.root == job.output or files.exists(written) or not files.exists(job.moving):
+        return written
+    return files.join(job.output, path)
 
 
 def _read_rejects(job: ExtractJob, path: str) -> pa.Table:
