@@ -27,7 +27,7 @@ from hubbeam.pipelines.options import ExtractOptions
 from hubbeam.pipelines.runners import Runner
 from hubbeam.transforms import files
 from hubbeam.transforms.job import WORK_FOLDER, ExtractJob, Meaning, PlannedRun
-from hubbeam.transforms.listing import list_images
+from hubbeam.transforms.listing import list_images, local_path
 from hubbeam.transforms.plan import write_plan
 from hubbeam.transforms.process import threads_for
 from hubbeam.transforms.publish import (
@@ -90,8 +90,7 @@ def dry_run(
     runner = Runner.from_options(options, beam_args)
     meaning = resolve(options, runner, fetching)
     output = absolute(options.output)
-    found = _unfinished(output, meaning, options.overwrite)
-    replaces = _check_output(output, meaning, found, options.overwrite)
+    found, replaces = _look_at(output, meaning, options.overwrite)
     with tempfile.TemporaryDirectory() as folder:
         planned = found or _plan(meaning, folder, replaces, runner)
     return DryRun(
@@ -128,8 +127,7 @@ def run_extract(
     output = absolute(options.output)
     with ExitStack() as stack:
         stack.enter_context(_only_one(output))
-        planned = _unfinished(output, meaning, options.overwrite)
-        replaces = _check_output(output, meaning, planned, options.overwrite)
+        planned, replaces = _look_at(output, meaning, options.overwrite)
         engines = _choose_engines(meaning, options, runner)
         if planned is None:
             planned = _plan_in(output, meaning, replaces, runner)
@@ -192,8 +190,9 @@ def resolve(options: ExtractOptions, runner: Runner, fetching: Fetching = nullco
                     "reach it: name a folder on gs://"
                 )
     return Meaning(
-        inputs=options.inputs,
-        table=options.table,
+        # The same words mean other images in another folder.
+        inputs=tuple(map(_place, options.inputs)),
+        table=options.table and _place(options.table),
         uri_column=options.uri_column,
         modules=modules,
         preset=preset,
@@ -203,6 +202,10 @@ def resolve(options: ExtractOptions, runner: Runner, fetching: Fetching = nullco
         images_per_shard=options.images_per_shard,
         shards=options.shards,
     )
+
+
+def _place(path: str) -> str:
+    return local_path(path) if files.is_local(path) else path
 
 
 def absolute(path: str) -> str:
@@ -219,6 +222,15 @@ def _choose_engines(
     return tuple(
         choose_engine(store, module, options.engine, threads=threads) for module in meaning.modules
     )
+
+
+def _look_at(output: str, meaning: Meaning, overwrite: bool) -> tuple[PlannedRun | None, bool]:
+    """Finds the unfinished run to take up, and whether a finished one is to be replaced."""
+    try:
+        unfinished = _unfinished(output, meaning, overwrite)
+        return unfinished, _check_output(output, meaning, unfinished, overwrite)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--output {output!r} cannot be used: {error}") from error
 
 
 def _unfinished(output: str, meaning: Meaning, overwrite: bool) -> PlannedRun | None:

@@ -187,3 +187,29 @@ def test_work_folder_half_deleted_is_no_run(
         run(store, photos, output, shards=2)
     assert run(store, photos, output, shards=1, overwrite=True).shards_kept == 0
     assert not (output / ".hubbeam").exists()
+
+
+def test_relative_inputs_mean_the_folder_they_were_given_in(
+    store: Store, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    for folder in ("one", "other"):
+        (tmp_path / folder / "images").mkdir(parents=True)
+        (tmp_path / folder / "images" / "a.jpg").write_bytes(b"nothing")
+    monkeypatch.chdir(tmp_path / "one")
+    assert not run(store, Path("images"), output, shards=1).published
+    monkeypatch.chdir(tmp_path / "other")
+    with pytest.raises(ConfigError, match="unfinished run that differs"):
+        run(store, Path("images"), output, shards=1)
+
+
+@pytest.mark.parametrize("place", ["file/below", "http://host/folder"])
+def test_outputs_that_cannot_be(
+    place: str, store: Store, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(ConfigError, match=r"--output .* cannot be used"):
+        extract.run_extract(
+            options(store, photos, Path("x")).model_copy(update={"output": place}), []
+        )
