@@ -37,7 +37,7 @@ demo: $(VENV)/demo
 	  echo; \
 	  rm -rf demo/$(MODULE) && \
 	  $(BIN)/hubbeam modules build $(MODULE) --untrained --output demo/$(MODULE) && \
-	  $(BIN)/hubbeam extract tests/photos --module demo/$(MODULE) --output demo/vectors --overwrite; \
+	  $(BIN)/hubbeam extract tests/photos --module demo/$(MODULE) --output demo/vectors --store demo/store --overwrite; \
 	fi
 	@echo; echo 'The vectors: demo/vectors/$(MODULE)/*.parquet'
 	@$(BIN)/python -c "import pyarrow.parquet as pq; \

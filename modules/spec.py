@@ -146,6 +146,7 @@ class ResolvedModule(_Data):
       output: key of the signature's output that is the vector.
       image_size: height and width of the input.
       width: values in a vector.
+      untrained: whether it says of itself that its values are random.
     """
 
     name: str
@@ -159,6 +160,7 @@ class ResolvedModule(_Data):
     output: str
     image_size: tuple[int, int]
     width: int
+    untrained: bool = False
 
 
 def spec_names() -> list[str]:

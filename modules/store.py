@@ -370,6 +370,8 @@ class Store:
     def _add(self, folder: Path, wanted: _Wanted, source: str) -> Stored:
         with _staging(self._scratch()) as staging:
             module = staging / "module"
+            if not folder.exists():
+                raise ConfigError(f"there is no file or folder {folder}")
             if not is_module(folder):
                 raise ConfigError(f"{folder} holds no module: there is no saved_model.pb in it")
             try:
@@ -475,6 +477,7 @@ def _resolved(wanted: _Wanted, stored: Stored, signature: str | None) -> Resolve
         output=choice.output,
         image_size=choice.image_size,
         width=choice.width,
+        untrained=bool(info.notes.get("untrained")),
     )
 
 
@@ -539,6 +542,11 @@ def _get(handle: str, staging: Path, progress: Progress | None) -> Path:
             download_gcs(join(handle, path), target)
         return folder
     # Whatever else it is: tensorflow_hub may have a resolver for it, registered by the user.
+    if Path(handle).exists():
+        raise RunError(f"{handle} is neither a module's folder nor an archive of one")
+    from hubbeam.modules.engines.tensorflow import import_tensorflow
+
+    import_tensorflow()  # without its notices, before tensorflow_hub imports it
     import tensorflow_hub
 
     try:

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from hubbeam.modules.errors import ConfigError, HubbeamError
+from hubbeam.modules.errors import ConfigError, HubbeamError, RunError
 from hubbeam.pipelines import modules_cli
 from hubbeam.pipelines.options import ExtractOptions, load_options
 
@@ -25,6 +25,7 @@ app = typer.Typer(
     help="TF-Hub image modules run over any number of images with Apache Beam.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # else defaults in [brackets] are taken for markup
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(modules_cli.app, name="modules")
@@ -134,12 +135,13 @@ def extract(
     flags = {
         key: value
         for key in ExtractOptions.model_fields
-        if (value := given.get(key)) is not None and value != []
+        if (value := given.get(key)) not in (None, (), [])
     }
     options = load_options(config, flags)
     _calm(verbose, quiet)
     beam_args: list[str] = context.obj or []
-    console = Console(stderr=True)
+    # Of its own: while worker processes run, what they write to stderr is kept out of sight.
+    console = Console(file=os.fdopen(os.dup(2), "w"))
 
     # Beam takes seconds to import: what is wrong with the flags is said before.
     from hubbeam.pipelines import extract as job
@@ -151,16 +153,24 @@ def extract(
         print(watch.plan_text(job.dry_run(options, beam_args, fetching), where))
         return
     show = None if quiet else functools.partial(watch.progress_bar, console=console)
-    report = job.run_extract(options, beam_args, show, fetching)
+    try:
+        report = job.run_extract(options, beam_args, show, fetching)
+    except KeyboardInterrupt:
+        raise RunError("interrupted; the same command takes the run up again") from None
     if not quiet:
         print(watch.summary(report, where))
     if not report.published:
-        raise TooManyRejectsError(
+        message = (
             f"{report.rejected_images} of {report.listed} images were rejected, more than "
             f"--max-reject-fraction {options.max_reject_fraction} allows: see "
-            f"{where}/rejects; the same command with --max-reject-fraction "
-            f"{_round_up(report.rejected_fraction)} publishes what is there"
+            f"{job.rejects_folder(where)}"
         )
+        if report.rejected_fraction < 1:
+            message += (
+                "; the same command with --max-reject-fraction "
+                f"{_round_up(report.rejected_fraction)} publishes what is there"
+            )
+        raise TooManyRejectsError(message)
 
 
 class TooManyRejectsError(HubbeamError):
@@ -194,6 +204,6 @@ def main() -> None:
         print(f"hubbeam: {error}", file=sys.stderr)
         codes = {ConfigError: USAGE, TooManyRejectsError: TOO_MANY_REJECTS}
         sys.exit(next((code for kind, code in codes.items() if isinstance(error, kind)), FAILED))
-    except KeyboardInterrupt:
-        print("hubbeam: interrupted; the same command takes the run up again", file=sys.stderr)
+    except OSError as error:
+        print(f"hubbeam: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         sys.exit(FAILED)

@@ -6,6 +6,7 @@ report.
 
 import fcntl
 import hashlib
+import logging
 import os
 import tempfile
 import time
@@ -72,6 +73,8 @@ class DryRun(BaseModel):
     resumes: bool
 
 
+_LOGGER = logging.getLogger(__name__)
+
 Fetching = Callable[[], AbstractContextManager[Progress | None]]
 """Shows downloads of modules while it is entered."""
 
@@ -92,7 +95,7 @@ def dry_run(
     output = absolute(options.output)
     found, replaces = _look_at(output, meaning, options.overwrite)
     with tempfile.TemporaryDirectory() as folder:
-        planned = found or _plan(meaning, folder, replaces, runner)
+        planned = found or _plan(meaning, options, folder, replaces, runner)
     return DryRun(
         planned=planned,
         engines=_choose_engines(meaning, options, runner),
@@ -130,8 +133,9 @@ def run_extract(
         planned, replaces = _look_at(output, meaning, options.overwrite)
         engines = _choose_engines(meaning, options, runner)
         if planned is None:
-            planned = _plan_in(output, meaning, replaces, runner)
+            planned = _plan_in(output, meaning, options, replaces, runner)
         else:
+            _LOGGER.info("taking up the unfinished run in %s, with its list of images", output)
             _sweep(output, meaning)
         progress = (
             stack.enter_context(tempfile.TemporaryDirectory(prefix="hubbeam-"))
@@ -142,20 +146,28 @@ def run_extract(
             output=output,
             planned=planned,
             engines=engines,
-            store=options.store,
+            store=Store(options.store).root,
             batch_size=options.batch_size,
             max_reject_fraction=options.max_reject_fraction,
             processes=runner.processes,
             started=time.time(),
             progress=progress,
-            options={**options.model_dump(mode="json"), "beam": [*options.beam, *beam_args]},
+            options={
+                **options.model_dump(mode="json", exclude={"inputs", "table"}),
+                "inputs": meaning.inputs,
+                "table": meaning.table,
+                "beam": [*options.beam, *beam_args],
+            },
         )
         if watch is not None and progress is not None:
             stack.enter_context(watch(job, progress))
         try:
             runner.run(lambda pipeline: build_pipeline(pipeline, job))
         except Exception as error:
-            raise RunError(_first_cause(error)) from error
+            # Beam wraps what ends a worker, Ctrl-C included.
+            if "KeyboardInterrupt" in str(error) or "exited with return code -2" in str(error):
+                raise KeyboardInterrupt from error
+            raise RunError(_first_line(error)) from error
         return _read_report(job)
 
 
@@ -174,6 +186,9 @@ def resolve(options: ExtractOptions, runner: Runner, fetching: Fetching = nullco
             store.resolve(module, signature=options.signature, progress=progress)
             for module in options.modules
         )
+    for module in modules:
+        if module.untrained:
+            _LOGGER.warning("module %s is UNTRAINED: its vectors mean nothing", module.name)
     names = [module.name for module in modules]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(
@@ -191,8 +206,8 @@ def resolve(options: ExtractOptions, runner: Runner, fetching: Fetching = nullco
                 )
     return Meaning(
         # The same words mean other images in another folder.
-        inputs=tuple(map(_place, options.inputs)),
-        table=options.table and _place(options.table),
+        inputs=tuple(_printable(_place(text)) for text in options.inputs),
+        table=options.table and _printable(_place(options.table)),
         uri_column=options.uri_column,
         modules=modules,
         preset=preset,
@@ -204,6 +219,11 @@ def resolve(options: ExtractOptions, runner: Runner, fetching: Fetching = nullco
     )
 
 
+def _printable(path: str) -> str:
+    """Escapes the bytes of a name that is not UTF-8."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def _place(path: str) -> str:
     return local_path(path) if files.is_local(path) else path
 
@@ -211,6 +231,8 @@ def _place(path: str) -> str:
 def absolute(path: str) -> str:
     """Makes a local path absolute, so that workers in other folders understand it."""
     path = path.removeprefix("file://")
+    if path != _printable(path):
+        raise ConfigError(f"--output {_printable(path)} is not a valid UTF-8 name")
     return str(Path(path).expanduser().absolute()) if files.is_local(path) else path.rstrip("/")
 
 
@@ -283,7 +305,9 @@ def _names(meaning: Meaning) -> list[str]:
     return [module.name for module in meaning.modules]
 
 
-def _plan_in(output: str, meaning: Meaning, replaces: bool, runner: Runner) -> PlannedRun:
+def _plan_in(
+    output: str, meaning: Meaning, options: ExtractOptions, replaces: bool, runner: Runner
+) -> PlannedRun:
     """Plans a new run in the output; the job file, written last, says that the plan is whole."""
     work = files.join(output, WORK_FOLDER)
     # Object stores have no folders: there, deleting one would delete what others put below it.
@@ -293,7 +317,9 @@ def _plan_in(output: str, meaning: Meaning, replaces: bool, runner: Runner) -> P
         for path in published_files(output, _names(meaning)):
             files.delete(files.join(output, path))
     try:
-        planned = _plan(meaning, files.join(work, "plan"), replaces, runner)
+        planned = _plan(meaning, options, files.join(work, "plan"), replaces, runner)
+    except PermissionError as error:
+        raise ConfigError(f"--output {output} cannot be written: {error.strerror}") from error
     except BaseException:
         drop_work(output)
         if fresh:
@@ -303,9 +329,11 @@ def _plan_in(output: str, meaning: Meaning, replaces: bool, runner: Runner) -> P
     return planned
 
 
-def _plan(meaning: Meaning, folder: str, replaces: bool, runner: Runner) -> PlannedRun:
+def _plan(
+    meaning: Meaning, options: ExtractOptions, folder: str, replaces: bool, runner: Runner
+) -> PlannedRun:
     summary = write_plan(
-        list_images(meaning.inputs, table=meaning.table, uri_column=meaning.uri_column),
+        list_images(options.inputs, table=options.table, uri_column=options.uri_column),
         folder,
         images_per_shard=meaning.images_per_shard,
         shards=meaning.shards,
@@ -350,10 +378,17 @@ def _sweep(output: str, meaning: Meaning) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def _first_cause(error: BaseException) -> str:
-    """Finds our own message below what Beam wraps around it."""
-    text = str(error)
-    return text.strip().splitlines()[0] if text.strip() else type(error).__name__
+def _first_line(error: BaseException) -> str:
+    """Gives the message without the traceback that Beam puts below it."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def rejects_folder(output: str) -> str:
+    """Finds the rejects of a run that was not published."""
+    planned = PlannedRun.model_validate_json(files.read_bytes(job_path(output)))
+    root = files.join(output, WORK_FOLDER, "new") if planned.replaces else output
+    return files.join(root, "rejects")
 
 
 def _read_report(job: ExtractJob) -> RunReport:

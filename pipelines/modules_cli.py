@@ -209,6 +209,7 @@ def build(
 ) -> None:
     """Build a module from its TF-Slim checkpoint."""
     spec = load_spec(module)
+    _check_writable(Path(output))
     from hubbeam.modules.engines.tensorflow import import_tensorflow
 
     import_tensorflow()  # without its notices, before `build` imports it
@@ -249,6 +250,9 @@ def to_tflite(
     store: StoreOption = None,
 ) -> None:
     """Convert a module to TensorFlow Lite."""
+    if Path(output).is_dir():
+        raise ConfigError(f"--output {output} is a folder: name a file")
+    _check_writable(Path(output))
     folder = Path(module).expanduser()
     if not folder.is_dir() or _spec(module):
         where = Store(store)
@@ -265,6 +269,15 @@ def to_tflite(
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _check_writable(output: Path) -> None:
+    """Refuses a place that cannot be written, before the work is done."""
+    place = output.absolute().parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"--output {output} cannot be written: see {place}")
 
 
 @contextmanager

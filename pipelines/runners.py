@@ -1,15 +1,21 @@
 """Which Beam runner a job goes to, and with which options."""
 
-from collections.abc import Callable
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 from hubbeam.modules.errors import ConfigError
 from hubbeam.pipelines.options import ExtractOptions
+from hubbeam.transforms.process import cores
 
 LOCAL = ("local", "directrunner", "direct", "fnapirunner", "inmemoryrunner")
 """Names of the pinned local runner: `DirectRunner` would first try to download another one."""
@@ -38,7 +44,8 @@ class Runner:
         """Reads the settings and the options that go to Beam untouched.
 
         Raises:
-          ConfigError: Beam does not know an option, or refuses its value.
+          ConfigError: there is no such runner, or Beam refuses an option's value. Options that
+            Beam does not know pass, for they may be a runner's own.
         """
         args = [*options.beam, *beam_args]
         given = [arg for arg in args if arg == "--runner" or arg.startswith("--runner=")]
@@ -47,6 +54,10 @@ class Runner:
         name = _value(args, "--runner") or options.runner
         args = _without(args, "--runner")
         is_local = name.lower() in LOCAL
+        known = {known.lower() for known in StandardOptions.KNOWN_RUNNER_NAMES}
+        if not is_local and "." not in name and name.lower() not in known:
+            names = ", ".join(["local", *StandardOptions.KNOWN_RUNNER_NAMES])
+            raise ConfigError(f"no runner {name!r}: there are {names}")
         for flag, value in (
             ("--project", options.project),
             ("--region", options.region),
@@ -65,7 +76,7 @@ class Runner:
             )
         parsed = _parse(args)
         if is_local:
-            count = parsed.get("direct_num_workers") or 1
+            count = parsed.get("direct_num_workers", 1) or cores()  # 0 is Beam's "all"
             parallel = parsed.get("direct_running_mode") == "multi_processing"
             return cls(name, tuple(args), True, count if parallel else 1, count)
         experiments = parsed.get("experiments") or []
@@ -84,7 +95,31 @@ class Runner:
             runner=FnApiRunner() if self.is_local else self.name, options=options
         )
         build(pipeline)
-        pipeline.run().wait_until_finish()
+        with _worker_processes() if self.processes > 1 else nullcontext():
+            pipeline.run().wait_until_finish()
+
+
+@contextmanager
+def _worker_processes() -> Iterator[None]:
+    """Keeps the worker processes' chatter out of sight, and the working directory out of theirs.
+
+    A ``random.py`` there would end them at their start, and Beam would wait for them for ever
+    (Python 3.10 does not know PYTHONSAFEPATH).
+    """
+    os.environ["PYTHONSAFEPATH"] = "1"
+    if logging.getLogger().isEnabledFor(logging.INFO):
+        yield
+        return
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def _parse(args: list[str]) -> dict[str, Any]:

@@ -90,7 +90,9 @@ def summary(report: RunReport, output: str) -> str:
     return "\n".join(
         [
             f"images    {report.listed}{kept}{dropped}",
-            f"speed     {report.images_per_second:.1f} images/s, {report.seconds:.1f} s in all",
+            f"speed     {report.images_per_second:.1f} images/s over {report.seconds:.1f} s"
+            if report.images_kept < report.listed
+            else "speed     nothing had to be computed",
             f"rejects   {report.rejected_images}" + (f": {reasons}" if reasons else ""),
             f"vectors   {where}",
             f"output    {output}" + ("" if report.published else " (NOT published)"),

@@ -79,6 +79,9 @@ def test_dry_run_leaves_nothing(store: Store, photos: Path, tmp_path: Path) -> N
         (["extract", "nowhere/*.jpg", "-m", MODULE, "-o", "o"], "nowhere/*.jpg"),
         (["extract", "x.jpg", "--max-pixels", "0", "-m", MODULE, "-o", "o"], "max_pixels"),
         (["extract", "x.jpg", "--max-bytes", "much", "-m", MODULE, "-o", "o"], "max_bytes"),
+        (["extract", "x.jpg", "-m", MODULE, "-o", "o", "--runner", "Spork"], "no runner 'Spork'"),
+        (["extract", "x.jpg", "-m", MODULE, "-o", "/dev/null/o"], "/dev/null/o"),
+        (["extract", "--table", "/bin/true", "-m", MODULE, "-o", "o"], "is no table"),
         (["extract", "--frobnicate"], "No such option"),
     ],
 )
@@ -94,6 +97,40 @@ def test_bad_usage_is_exit_code_2(
     assert done.returncode == 2 and complaint in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_job_file_alone_is_enough(store: Store, photos: Path, tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(f"inputs: ['{photos}']\nmodules: [{MODULE}]\noutput: unused\n")
+    arguments = ["extract", "--config", job, "-o", tmp_path / "out", "--dry-run"]
+    done = hubbeam(*arguments, store=store)
+    assert done.returncode == 0 and "images    8" in done.stdout, done.stderr
+
+
+def test_worker_processes_are_quiet_and_undisturbed(
+    store: Store, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if sys.version_info < (3, 11):
+        pytest.skip("PYTHONSAFEPATH needs Python 3.11")
+    (tmp_path / "random.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    # -P as the installed command has it: the launcher itself does not look there for modules.
+    command = [sys.executable, "-P", "-m", "hubbeam.pipelines", "extract", photos, "-m", MODULE]
+    command += ["-o", "out", "--workers", "2", "--shards", "2", "-q", "--store", store.root]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_names_that_are_not_utf8_on_the_command_line(
+    store: Store, photos: Path, tmp_path: Path
+) -> None:
+    bad = tmp_path / "z\udcff.jpg"
+    bad.write_bytes(b"x")
+    arguments = ["extract", bad, photos, "-m", MODULE, "-o", tmp_path / "out"]
+    done = hubbeam(*arguments, "--max-reject-fraction", "0.5", store=store)
+    assert done.returncode == 0 and "1 bad_name" in done.stdout, done.stderr
+    done = hubbeam("extract", photos, "-m", MODULE, "-o", tmp_path / "o\udcff", store=store)
+    assert done.returncode == 2 and "not a valid UTF-8 name" in done.stderr
 
 
 def test_flags_override_the_job_file(tmp_path: Path) -> None:

@@ -371,7 +371,7 @@ def test_counts_are_beam_metrics(store: Store, photos: Path, tmp_path: Path) -> 
 
     runner = Runner.from_options(settings, [])
     meaning = extract.resolve(settings, runner)
-    planned = extract._plan_in(str(tmp_path), meaning, False, runner)
+    planned = extract._plan_in(str(tmp_path), meaning, settings, False, runner)
     engines = extract._choose_engines(meaning, settings, runner)
     job = ExtractJob(output=str(tmp_path), planned=planned, engines=engines, store=store.root)
     pipeline = beam.Pipeline(runner=FnApiRunner())

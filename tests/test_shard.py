@@ -29,6 +29,7 @@ BIG = BYTES_AT_ONCE
         ([BIG] * 5, 16, 1, [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]),
         ([BIG] * 5, 16, 2, [(0, 2), (2, 4), (4, 5)]),
         ([BIG] * 5, 3, 4, [(0, 3), (3, 5)]),
+        ([9 * BIG] * 3, 16, 4, [(0, 1), (1, 2), (2, 3)]),
         ([1, BIG, 1, 1, 1], 16, 1, [(0, 2), (2, 5)]),
     ],
 )
@@ -52,7 +53,7 @@ def job(store: Store, shared: Path, tmp_path_factory: pytest.TempPathFactory) ->
     meaning = extract.resolve(options, runner)
     return ExtractJob(
         output=output,
-        planned=extract._plan_in(output, meaning, False, runner),
+        planned=extract._plan_in(output, meaning, options, False, runner),
         engines=extract._choose_engines(meaning, options, runner),
         store=store.root,
     )

@@ -109,8 +109,7 @@ class ExtractJob(_Data):
     Attributes:
       output: where the datasets are published.
       planned: the plan.
-      engines: engine of each module, in the order of ``planned.meaning.modules``; None where all
-        shards are finished, or where the worker chooses.
+      engines: engine of each module, in the order of ``planned.meaning.modules``.
       store: root of the module store.
       batch_size: most images that are given to a module at once.
       max_reject_fraction: more rejects than this, and nothing is published.

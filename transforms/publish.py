@@ -20,7 +20,7 @@ from hubbeam.transforms.write import METADATA_KEY, dataset_metadata, tfrecord_fe
 
 SCHEMA_FILE = "schema.json"
 _OWN_FILE = re.compile(
-    r"(vectors|rejects)-\d{5}-of-\d{5}\.(parquet|tfrecord(\.gz)?)|_SUCCESS|schema\.json"
+    r"(vectors|rejects)-\d{5,}-of-\d{5,}\.(parquet|tfrecord(\.gz)?)|_SUCCESS|schema\.json"
 )
 
 

@@ -108,6 +108,11 @@ class ByteBudget:
             self._changed.wait_for(lambda: self._held == 0 or self._held + count <= self._limit)
             self._held += count
 
+    def correct(self, count: int) -> None:
+        """Adds `count` to what is held without waiting: what was reserved turned out larger."""
+        with self._changed:
+            self._held += count
+
     def release(self, count: int) -> None:
         """Gives `count` bytes back."""
         with self._changed:

@@ -125,7 +125,7 @@ def compute_batches(
         min(ASSUMED_BYTES if size is None else size, max_bytes)
         for size in plan["size_bytes"].to_pylist()
     ]
-    local = all(files.is_local(uri) for uri in plan["uri"].slice(0, 1).to_pylist())
+    local = files.is_local(plan["uri"][0].as_py())
     most_ahead = BATCHES_AHEAD * process.threads if local else process.reads
     ahead: deque[Future[BatchResult]] = deque()
     try:
@@ -148,7 +148,8 @@ def cut_batches(sizes: Sequence[int], most: int, step: int) -> Iterator[tuple[in
     Args:
       sizes: bytes of each image.
       most: images in a batch, at most.
-      step: images that an engine takes at once; a batch is cut for its bytes only after a multiple.
+      step: images that an engine takes at once; a batch is cut for its bytes after a multiple,
+        unless it grows very large.
 
     Yields:
       Start and stop of each batch, in order.
@@ -157,7 +158,8 @@ def cut_batches(sizes: Sequence[int], most: int, step: int) -> Iterator[tuple[in
     for stop, size in enumerate(sizes, 1):
         held += size
         count = stop - start
-        if count == most or (held >= BYTES_AT_ONCE and count % min(step, most) == 0):
+        aligned = count % min(step, most) == 0
+        if count == most or held >= (BYTES_AT_ONCE if aligned else 8 * BYTES_AT_ONCE):
             yield start, stop
             start, held = stop, 0
     if start < len(sizes):
@@ -170,19 +172,24 @@ def _start_batch(
     limits = job.planned.meaning.limits
     uris = rows["uri"].to_pylist()
     process.reading.acquire(size_bytes)
+    held = size_bytes
     done: Future[BatchResult] = Future()
 
     def fail(error: BaseException) -> None:
-        process.reading.release(size_bytes)
+        process.reading.release(held)
         done.set_exception(error)
 
     def read() -> None:
+        nonlocal held
         if not done.set_running_or_notify_cancel():
-            process.reading.release(size_bytes)
+            process.reading.release(held)
             return
         try:
             started = time.monotonic()
             contents = read_batch(uris, limits)
+            read_bytes = sum(len(data) for data in contents if not isinstance(data, ImageError))
+            process.reading.correct(read_bytes - held)
+            held = read_bytes
             process.compute.submit(compute, contents, int(1000 * (time.monotonic() - started)))
         except BaseException as error:
             fail(error)
@@ -193,7 +200,7 @@ def _start_batch(
         except BaseException as error:
             fail(error)
             return
-        process.reading.release(size_bytes)
+        process.reading.release(held)
         result.milliseconds["read"] = milliseconds
         done.set_result(result)
 

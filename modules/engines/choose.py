@@ -75,7 +75,10 @@ def choose_engine(
             return EngineChoice.model_validate_json(kept)
         except ValidationError:
             log.warning("module %s: the kept choice %s is damaged, made again", module.name, name)
-    log.info("module %s: comparing engines, once for this processor", module.name)
+    log.info(
+        "module %s: comparing engines for this processor, about half a minute",
+        module.name,
+    )
     choice = _in_child(store, module, engine, threads)
     try:
         store.put_artifact(module, name, choice.model_dump_json(indent=2).encode())
