@@ -28,9 +28,8 @@ import numpy.typing as npt
 from hubbeam.modules.engines.tensorflow import FrozenGraph, freeze, import_tensorflow
 from hubbeam.modules.errors import ConfigError, ImageError, RunError
 from hubbeam.modules.images import decode
-from hubbeam.modules.inspect import choose, inspect_module
 from hubbeam.modules.presets import load_preset
-from hubbeam.modules.spec import ResolvedModule
+from hubbeam.modules.store import resolve_folder
 
 # A uint8 input q of a quantops model stands for (q - 128) / 128: how TF-Slim's quantised networks
 # were published ("mean 128, standard deviation 128"). It differs from the training input,
@@ -122,7 +121,7 @@ def to_tflite(
     name = Path(module).name
     if calibration is not None and not uint8:
         raise ConfigError("calibration pictures are of use only for a uint8 model")
-    resolved = resolve(Path(module), signature)
+    resolved = resolve_folder(module, signature)
     frozen = freeze(Path(module), resolved)
     if uint8 and not has_ranges(frozen) and calibration is None:
         raise ConfigError(
@@ -259,25 +258,6 @@ def read_tflite(model: bytes | str | Path) -> TfliteModel:
 
 def _names(enumeration: Any) -> dict[int, str]:
     return {value: name for name, value in vars(enumeration).items() if isinstance(value, int)}
-
-
-def resolve(folder: Path, signature: str | None = None) -> ResolvedModule:
-    """Names what to call in a module that is not in the store, see `inspect.choose`."""
-    info = inspect_module(folder)
-    choice = choose(info, signature, folder.name)
-    return ResolvedModule(
-        name=folder.name,
-        handle=str(folder),
-        sha256="",
-        entry=str(folder),
-        format=info.format,
-        tags=() if info.format == "hub1" else ("serve",),
-        signature=choice.signature,
-        input=choice.input,
-        output=choice.output,
-        image_size=choice.image_size,
-        width=choice.width,
-    )
 
 
 def _round_weights(tf: Any, frozen: FrozenGraph) -> FrozenGraph:

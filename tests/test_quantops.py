@@ -20,6 +20,7 @@ from hubbeam.modules.networks.quantize import QuantizedLayers
 from hubbeam.modules.networks.registry import Network
 from hubbeam.modules.presets import load_preset
 from hubbeam.modules.spec import CLASSES, load_spec
+from hubbeam.modules.store import resolve_folder
 
 QUANTOPS = "mobilenet_v1_100_160_quantops"
 QUANT = "checkpoints/mobilenet_v1_quant"
@@ -392,6 +393,6 @@ def test_module_to_float_keeps_the_rounding(
         "int" in t.dtype and t.value is not None and t.value.size > 9 for t in model.tensors
     )
     images = pictures(labelled[::40], 160) / np.float32(255)
-    graph = freeze(folder, tflite.resolve(folder))
+    graph = freeze(folder, resolve_folder(folder))
     found = interpret((tmp_path / "m.tflite").read_bytes(), images)
     assert correlation(found, run(graph, images)) > 0.999

@@ -17,6 +17,7 @@ from hubbeam.modules.errors import ConfigError
 from hubbeam.modules.images import decode
 from hubbeam.modules.presets import load_preset
 from hubbeam.modules.spec import load_spec
+from hubbeam.modules.store import resolve_folder
 
 
 def interpret(file: Path, images: np.ndarray) -> np.ndarray:
@@ -74,7 +75,7 @@ def test_original_module_to_uint8(original: Path, labelled: list[Path], tmp_path
     kernels = {t.dtype for t in model.tensors if len(t.shape) == 4 and t.value is not None}
     assert kernels == {"int8"}
     pixels = pictures(labelled[2::10], 224)
-    engine = TensorFlowEngine(original, tflite.resolve(original))
+    engine = TensorFlowEngine(original, resolve_folder(original))
     found = cosines(interpret(file, pixels), engine.run(pixels))
     assert np.median(found) > 0.96
     assert np.percentile(found, 10) > 0.9
@@ -94,7 +95,7 @@ def test_built_modules(
     spec = load_spec(name)
     folder = build_module(spec, tmp_path / name, format=format, untrained=True)
     pixels = pictures(sorted(photos.glob("*.jpg"))[:4], spec.image_size)
-    wanted = TensorFlowEngine(folder, tflite.resolve(folder)).run(pixels)
+    wanted = TensorFlowEngine(folder, resolve_folder(folder)).run(pixels)
     assert wanted.shape == (4, spec.width)
 
     tflite.to_tflite(folder, tmp_path / "f.tflite")
