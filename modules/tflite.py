@@ -16,7 +16,6 @@ instead of 135.)
 """
 
 import glob
-import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy.typing as npt
 
 from hubbeam.modules.engines.tensorflow import FrozenGraph, freeze, import_tensorflow
 from hubbeam.modules.errors import ConfigError, ImageError, RunError
+from hubbeam.modules.files import write
 from hubbeam.modules.images import decode
 from hubbeam.modules.presets import load_preset
 from hubbeam.modules.store import resolve_folder
@@ -139,7 +139,7 @@ def to_tflite(
         data = convert(frozen, resolved.image_size, uint8=uint8, calibration=pixels)
     except RunError as e:
         raise RunError(f"module {name}: {e}") from e
-    _write(Path(output), data)
+    write(str(output), data)
     return read_tflite(data)
 
 
@@ -350,13 +350,3 @@ def _calibration(
     if not read:
         raise ConfigError(f"no calibration picture in {' '.join(patterns)}: {problem}")
     return pixels[:read]
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -318,12 +318,12 @@ def _plan_in(
             files.delete(files.join(output, path))
     try:
         planned = _plan(meaning, options, files.join(work, "plan"), replaces, runner)
-    except PermissionError as error:
-        raise ConfigError(f"--output {output} cannot be written: {error.strerror}") from error
-    except BaseException:
+    except BaseException as error:
         drop_work(output)
         if fresh:
             files.delete_folder(output)
+        if isinstance(error, PermissionError):
+            raise ConfigError(f"--output {output} cannot be written: {error.strerror}") from error
         raise
     files.write_bytes(job_path(output), planned.model_dump_json(indent=1).encode())
     return planned

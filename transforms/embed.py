@@ -15,7 +15,7 @@ from hubbeam.modules.spec import ResolvedModule
 from hubbeam.modules.store import Store
 from hubbeam.transforms.decode import decode_batch
 from hubbeam.transforms.process import cores, this_process
-from hubbeam.transforms.read import read_image
+from hubbeam.transforms.read import read_or_error
 
 
 def embed_batch(
@@ -71,12 +71,7 @@ class _EmbedBatchFn(beam.DoFn):
         self._engine = self._process.engine(self._module, self._choice, self._store)
 
     def _read(self, element: str | tuple[str, bytes]) -> bytes | ImageError:
-        if not isinstance(element, str):
-            return element[1]
-        try:
-            return read_image(element, self._limits)
-        except ImageError as error:
-            return error
+        return read_or_error(element, self._limits) if isinstance(element, str) else element[1]
 
     def process(self, batch: list[str | tuple[str, bytes]]) -> Iterator[Any]:
         uris = [element if isinstance(element, str) else element[0] for element in batch]

@@ -18,10 +18,11 @@ ASSUMED_BYTES = 1 << 20
 
 def read_batch(uris: Sequence[str], limits: Limits) -> list[bytes | ImageError]:
     """Reads files; one that cannot be read gives its error in place of its bytes."""
-    return [_read_or_error(uri, limits) for uri in uris]
+    return [read_or_error(uri, limits) for uri in uris]
 
 
-def _read_or_error(uri: str, limits: Limits) -> bytes | ImageError:
+def read_or_error(uri: str, limits: Limits) -> bytes | ImageError:
+    """Reads one file, see `read_image`; what that raises is returned."""
     try:
         return read_image(uri, limits)
     except ImageError as error:
