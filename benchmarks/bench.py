@@ -24,16 +24,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import photos
-import report
-from limit import FAMILIES
-
 from hubbeam.modules.engines.choose import cpu_name
 from hubbeam.modules.spec import load_spec, spec_names
 from hubbeam.modules.store import cache_folder
 from hubbeam.transforms.process import cores, threads_for
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+# Python started with -P, or under PYTHONSAFEPATH, does not look beside the script.
+sys.path.insert(0, str(HERE))
+
+import photos  # noqa: E402
+import report  # noqa: E402
+from limit import FAMILIES  # noqa: E402
+
 MAIN = "mobilenet_v2_050_224"
 PRESET = "photo"
 

@@ -16,6 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+# Python started with -P, or under PYTHONSAFEPATH, does not look beside the script.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 Result = dict[str, Any]
 
 
