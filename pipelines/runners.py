@@ -106,10 +106,20 @@ def _worker_processes() -> Iterator[None]:
     A ``random.py`` there would end them at their start, and Beam would wait for them for ever
     (Python 3.10 does not know PYTHONSAFEPATH).
     """
+    before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
-    if logging.getLogger().isEnabledFor(logging.INFO):
-        yield
-        return
+    try:
+        with nullcontext() if logging.getLogger().isEnabledFor(logging.INFO) else _no_stderr():
+            yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
     sys.stderr.flush()
     kept = os.dup(2)
     with Path(os.devnull).open("wb") as nowhere:

@@ -1,7 +1,7 @@
 """What the shards of one process share: threads, engines, and the bytes that may be in memory."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 
 from hubbeam.modules.engines import load_engine
@@ -54,8 +54,26 @@ class Process:
         self.readers = ThreadPoolExecutor(self.reads, "hubbeam-read")
         self.reading = ByteBudget(READ_AHEAD_BYTES)
         self.decoding = ByteBudget(max(DECODE_BYTES, threads * DECODE_BYTES // 8))
-        self._engines: dict[str, Engine] = {}
+        self._engines: dict[str, Future[Engine]] = {}
         self._loading = Lock()
+
+    def load(
+        self, module: ResolvedModule, choice: EngineChoice, store: str | None
+    ) -> "Future[Engine]":
+        """Begins to load the engine of a module, once in this process; another try after a failure.
+
+        Returns:
+          What `engine` waits for.
+        """
+        key = f"{module.sha256} {module.signature} {module.output} {choice.model_dump_json()}"
+        with self._loading:
+            loading = self._engines.get(key)
+            if loading is None or (loading.done() and loading.exception()):
+                loading = self.compute.submit(
+                    load_engine, Store(store), module, choice, threads=self.threads
+                )
+                self._engines[key] = loading
+            return loading
 
     def engine(self, module: ResolvedModule, choice: EngineChoice, store: str | None) -> Engine:
         """Returns the engine of a module, loaded once in this process.
@@ -63,11 +81,7 @@ class Process:
         Raises:
           ConfigError: the store's entry is missing or damaged.
         """
-        key = f"{module.sha256} {module.signature} {module.output} {choice.model_dump_json()}"
-        with self._loading:
-            if key not in self._engines:
-                self._engines[key] = load_engine(Store(store), module, choice, threads=self.threads)
-            return self._engines[key]
+        return self.load(module, choice, store).result()
 
 
 _processes: dict[int, Process] = {}

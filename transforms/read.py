@@ -63,12 +63,22 @@ def _read(uri: str, limit: int) -> bytes:
         with files.open_read(uri) as file:
             return file.read(limit)
     # Without waiting: opening a pipe would wait for a writer for ever.
-    with os.fdopen(os.open(uri, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
-        status = os.fstat(file.fileno())
+    descriptor = os.open(uri, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ImageError("unsupported_format", "not a regular file")
-        # `read` would make room for `limit` bytes for each file, however small.
-        return file.read(limit) if status.st_size >= limit else file.readall()
+        size = status.st_size
+        if 0 < size < limit:
+            data = os.read(descriptor, size + 1)
+            if len(data) == size:  # the end was met
+                return data
+            os.lseek(descriptor, 0, os.SEEK_SET)
+        # Those that say nothing of their size (as below /proc), grow, or come in pieces.
+        with os.fdopen(descriptor, "rb", buffering=0, closefd=False) as file:
+            return file.read(limit) if size >= limit else file.readall()
+    finally:
+        os.close(descriptor)
 
 
 def _reason(error: BaseException) -> str:

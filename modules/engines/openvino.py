@@ -1,14 +1,15 @@
 """The signature in OpenVINO: the frozen graph as OpenVINO's IR, computed in float32.
 
-Each of the engine's streams is one thread; a caller takes a request, which runs on a stream of its
-own. Shapes are static and batches small: what a layer leaves behind is still in the cache when the
-next one reads it.
+Each of the engine's streams is one thread, which takes one request after the other. Shapes are
+static and a request is small: what a layer leaves behind is still in the cache when the next one
+reads it. A caller has many requests under way at once, so that no stream waits for it.
 """
 
 import io
-import queue
 import tempfile
 import zipfile
+from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, NamedTuple
@@ -20,6 +21,9 @@ from hubbeam.modules.errors import ConfigError, RunError
 from hubbeam.modules.spec import ResolvedModule
 
 NAME = "openvino"
+
+_AHEAD = 32
+"""Requests that one caller has under way at once."""
 
 
 def import_openvino() -> Any:
@@ -156,10 +160,10 @@ class OpenVINOEngine:
             # Pinned threads of two worker processes would share one core.
             "ENABLE_CPU_PINNING": False,
         }
-        self._requests: dict[np.dtype, queue.LifoQueue[Any]] = {}
+        self._requests: dict[np.dtype, _Requests] = {}
         self._compiling = Lock()
 
-    def _compiled(self, dtype: np.dtype) -> "queue.LifoQueue[Any]":
+    def _compiled(self, dtype: np.dtype) -> "_Requests":
         with self._compiling:
             if dtype not in self._requests:
                 model = self._model.clone()
@@ -168,12 +172,9 @@ class OpenVINOEngine:
                     steps.input().tensor().set_element_type(self._ov.Type.u8)
                     steps.input().preprocess().convert_element_type(self._ov.Type.f32).scale(255.0)
                     model = steps.build()
-                compiled = self._core.compile_model(model, "CPU", self._options)
-                # The request used last has its buffers in the cache.
-                requests: queue.LifoQueue[Any] = queue.LifoQueue()
-                for _ in range(self.streams):
-                    requests.put(compiled.create_infer_request())
-                self._requests[dtype] = requests
+                self._requests[dtype] = _Requests(
+                    self._core.compile_model(model, "CPU", self._options)
+                )
             return self._requests[dtype]
 
     def run(self, pixels: np.ndarray) -> np.ndarray:
@@ -183,20 +184,58 @@ class OpenVINOEngine:
         if not len(pixels):
             return vectors
         requests = self._requests.get(pixels.dtype) or self._compiled(pixels.dtype)
-        request = requests.get()
+        running: deque[tuple[Any, np.ndarray, np.ndarray]] = deque()
+
+        def finish() -> None:
+            request, _, wanted = running[0]
+            request.wait()
+            wanted[...] = request.get_output_tensor().data.reshape(self.batch_size, -1)[
+                : len(wanted)
+            ]
+            running.popleft()
+            requests.put(request)
+
         try:
             for start in range(0, len(pixels), self.batch_size):
+                if len(running) == _AHEAD:
+                    finish()
                 part = pixels[start : start + self.batch_size]
-                count = len(part)
+                wanted = vectors[start : start + self.batch_size]
                 # OpenVINO reads the pixels where they are, but takes no memory that is read-only.
-                if count < self.batch_size or not part.flags.writeable:
+                if len(part) < self.batch_size or not part.flags.writeable:
                     filled = np.zeros((self.batch_size, *part.shape[1:]), part.dtype)
-                    filled[:count] = part
+                    filled[: len(part)] = part
                     part = filled
+                request = requests.get()
                 request.set_input_tensor(self._ov.Tensor(part, shared_memory=True))
-                request.infer()
-                output = request.get_output_tensor().data
-                vectors[start : start + count] = output.reshape(self.batch_size, -1)[:count]
+                request.start_async()
+                running.append((request, part, wanted))
+            while running:
+                finish()
         finally:
-            requests.put(request)
+            # After a failure: what still runs reads `pixels`, and is not used again.
+            for request, _, _ in running:
+                _wait(request)
         return vectors
+
+
+class _Requests:
+    """The requests of a compiled model that are free; more are made when all are in use."""
+
+    def __init__(self, compiled: Any):
+        self._compiled = compiled
+        self._free: deque[Any] = deque()
+
+    def get(self) -> Any:
+        try:
+            return self._free.pop()  # the one used last has its buffers in the cache
+        except IndexError:
+            return self._compiled.create_infer_request()
+
+    def put(self, request: Any) -> None:
+        self._free.append(request)
+
+
+def _wait(request: Any) -> None:
+    with suppress(RuntimeError):
+        request.wait()
