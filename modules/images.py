@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import simplejpeg
 from PIL import (
     BmpImagePlugin,
@@ -242,13 +243,12 @@ def _check_scans(data: bytes, file: ImageFile.ImageFile) -> None:
 def _read_jpeg(data: bytes, file: ImageFile.ImageFile, scale: int, preset: Preset) -> _Source:
     """Decodes at 1 / `scale` of the size, sides rounded up."""
     width, height = (-(-side // scale) for side in file.size)
-    space = "RGB" if preset.dtype == np.uint8 else "RGBX"
-    if file.mode == "CMYK":
-        space = "CMYK"
+    # Four bytes a pixel is how Pillow and our own resizer keep them: neither makes a copy.
+    space = "CMYK" if file.mode == "CMYK" else "RGBX"
 
     def read(data: bytes) -> npt.NDArray[np.uint8]:
         # Room for what the checked header says, and not for what the decoder may find elsewhere.
-        room = np.empty(height * width * len(space), np.uint8)
+        room = np.empty(height * width * 4, np.uint8)
         pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(
             data, space, min_height=height, min_width=width, strict=True, buffer=room
         )
@@ -280,7 +280,10 @@ def _read_jpeg(data: bytes, file: ImageFile.ImageFile, scale: int, preset: Prese
         # Adobe's convention, which CMYK files in the wild follow: 255 is no ink.
         image = Image.frombuffer("CMYK", (width, height), pixels, "raw", "CMYK;I", 0, 1)
         return _source(image.convert("RGB"), preset)
-    return Image.fromarray(pixels) if space == "RGB" else pixels
+    if preset.dtype != np.uint8:
+        return pixels
+    words = pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), 4)
+    return Image.fromarrow(words, "RGB", (width, height))
 
 
 def _decode_other(
