@@ -30,7 +30,7 @@ from hubbeam.transforms import files
 from hubbeam.transforms.job import WORK_FOLDER, ExtractJob, Meaning, PlannedRun
 from hubbeam.transforms.listing import list_images, local_path
 from hubbeam.transforms.plan import write_plan
-from hubbeam.transforms.process import threads_for
+from hubbeam.transforms.process import this_process, threads_for
 from hubbeam.transforms.publish import (
     Publish,
     RunReport,
@@ -132,6 +132,9 @@ def run_extract(
         stack.enter_context(_only_one(output))
         planned, replaces = _look_at(output, meaning, options.overwrite)
         engines = _choose_engines(meaning, options, runner)
+        if runner.is_local and runner.processes == 1:  # they are ready when the pipeline is
+            for module, choice in zip(meaning.modules, engines, strict=True):
+                this_process().load(module, choice, Store(options.store).root)
         if planned is None:
             planned = _plan_in(output, meaning, options, replaces, runner)
         else:

@@ -4,7 +4,7 @@ import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 
-from hubbeam.modules.engines import load_engine
+from hubbeam.modules.engines import import_engine, load_engine
 from hubbeam.modules.engines.base import Engine, EngineChoice
 from hubbeam.modules.spec import ResolvedModule
 from hubbeam.modules.store import Store
@@ -66,6 +66,8 @@ class Process:
           What `engine` waits for.
         """
         key = f"{module.sha256} {module.signature} {module.output} {choice.model_dump_json()}"
+        # Here, for beside a busy thread an import waits for Python's lock at every file it opens.
+        import_engine(choice)
         with self._loading:
             loading = self._engines.get(key)
             if loading is None or (loading.done() and loading.exception()):

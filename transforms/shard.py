@@ -37,7 +37,7 @@ from hubbeam.transforms.write import (
 
 IMAGES_AT_ONCE = 32
 """Most images that a thread decodes and embeds in one go. Measured: the fewer, the more often the
-decoder and the module push each other out of the cache, 16 cost 2 % and 4 a tenth."""
+decoder and the module push each other out of the cache; 16 cost 3 %, and 4 a tenth."""
 
 BATCHES_TO_END = 8
 """Towards the end of a shard batches grow smaller, one takes this part of what is left, so that all

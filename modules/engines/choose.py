@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib import metadata, util
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +33,7 @@ from hubbeam.modules.engines.base import (
     check_pictures,
 )
 from hubbeam.modules.engines.openvino import Converted, OpenVINOEngine, convert, import_openvino
-from hubbeam.modules.engines.tensorflow import TensorFlowEngine
+from hubbeam.modules.engines.tensorflow import TensorFlowEngine, import_tensorflow
 from hubbeam.modules.errors import ConfigError, RunError
 from hubbeam.modules.spec import ResolvedModule
 from hubbeam.modules.store import Store
@@ -136,6 +137,12 @@ def load_engine(
             raise
         log.warning("%s; TensorFlow is used instead", e)
         return TensorFlowEngine(store.local_folder(module), module, streams=threads)
+
+
+def import_engine(choice: EngineChoice) -> None:
+    """Imports the library that a choice names, where it is installed."""
+    with suppress(ConfigError):  # `load_engine` says what is missing
+        (import_tensorflow if choice.engine == "tensorflow" else import_openvino)()
 
 
 def cpu_name() -> str:
