@@ -54,7 +54,8 @@ class Sizes(NamedTuple):
       large_distinct: of those, different pictures.
       mix: images of the mixed collection in a run.
       mix_distinct: of those, different pictures.
-      five: images in a run of five modules.
+      five: images of 500x375 in a run of five modules.
+      five_large: images of 4000x3000 in a run of five modules.
       scale: images of the runs that show memory against size.
       tiny_distinct: different pictures of those.
       search_seconds: for each setting and turn of a search.
@@ -69,14 +70,15 @@ class Sizes(NamedTuple):
     mix: int
     mix_distinct: int
     five: int
+    five_large: int
     scale: tuple[int, ...]
     tiny_distinct: int
     search_seconds: float
     part_seconds: float
 
 
-FULL = Sizes(3, 6000, 2000, 480, 120, 1000, 400, 1000, (1000, 10_000), 1000, 0.3, 4.0)
-QUICK = Sizes(1, 400, 100, 32, 8, 60, 20, 60, (200, 1000), 100, 0.1, 1.0)
+FULL = Sizes(3, 10_000, 2000, 720, 120, 1000, 400, 400, 120, (1000, 10_000), 1000, 0.3, 5.0)
+QUICK = Sizes(1, 400, 100, 32, 8, 60, 20, 60, 8, (200, 1000), 100, 0.1, 1.0)
 
 
 class Bench:
@@ -437,11 +439,24 @@ def engines(bench: Bench) -> Result:
 
 
 def five(bench: Bench) -> Result:
-    """All modules in one run against a run for each."""
-    count = bench.sizes.five
-    made = bench.photos("500x375", min(count, bench.sizes.small_distinct))
-    folder = bench.folder("500x375", made, count)
-    names = list(bench.prepared)
+    """All modules in one run against a run for each, on photographs of both sizes."""
+    sizes, names = bench.sizes, list(bench.prepared)
+    sets = {
+        "500x375": (sizes.five, sizes.small_distinct),
+        "4000x3000": (sizes.five_large, sizes.large_distinct),
+    }
+    return {
+        "modules": names,
+        "sets": {
+            name: _five_of(bench, names, name, count, distinct)
+            for name, (count, distinct) in sets.items()
+        },
+    }
+
+
+def _five_of(bench: Bench, names: list[str], photographs: str, count: int, distinct: int) -> Result:
+    made = bench.photos(photographs, min(count, distinct))
+    folder = bench.folder(photographs, made, count)
 
     def one_run() -> Result:
         return bench.run("ours", folder, count, modules=names)
@@ -454,7 +469,6 @@ def five(bench: Bench) -> Result:
     pairs = list(zip(runs["one run"], runs["a run each"], strict=True))
     return {
         "images": count,
-        "modules": names,
         **{
             f"ratio_{key}": statistics.median(
                 a[f"{key}_seconds"] / b[f"{key}_seconds"] for a, b in pairs
@@ -479,7 +493,7 @@ def scale(bench: Bench) -> Result:
 
 def processes(bench: Bench) -> Result:
     """One worker process against two on this machine."""
-    count = bench.sizes.small
+    count = bench.sizes.small // 2
     made = bench.photos("500x375", bench.sizes.small_distinct)
     folder = bench.folder("500x375", made, count)
     two = ["--direct_running_mode=multi_processing", "--direct_num_workers=2"]

@@ -60,15 +60,15 @@ def show(found: Result) -> None:
     if "engines" in sections:
         console.print(_engines(sections["engines"]))
     if "five" in sections:
-        section = sections["five"]
-        console.print(
-            f"{len(section['modules'])} modules, {section['images']} images: one run takes "
-            f"{section['ratio_pipeline']:.2f} of the pipeline time of a run each "
-            f"({section['rows']['one run']['pipeline_seconds']:.1f} s against "
-            f"{section['rows']['a run each']['pipeline_seconds']:.1f} s; with start-up "
-            f"{section['ratio_whole']:.2f})",
-            highlight=False,
-        )
+        for name, one in sections["five"]["sets"].items():
+            console.print(
+                f"{len(sections['five']['modules'])} modules, {one['images']} images of {name}: "
+                f"one run takes {one['ratio_pipeline']:.2f} of the pipeline time of a run each "
+                f"({one['rows']['one run']['pipeline_seconds']:.1f} s against "
+                f"{one['rows']['a run each']['pipeline_seconds']:.1f} s; with start-up "
+                f"{one['ratio_whole']:.2f})",
+                highlight=False,
+            )
     for name, title in (("scale", "Memory and size, 256x192"), ("processes", "Processes, 500x375")):
         if name in sections:
             console.print(_rows(title, sections[name]["rows"]))
@@ -251,17 +251,17 @@ def _draw_engines(axis: Any, name: str, section: Result) -> None:
 
 
 def _draw_five(axis: Any, name: str, section: Result) -> None:
-    rows = section["rows"]
-    bars = axis.bar(
-        list(rows), [r["pipeline_seconds"] for r in rows.values()], color=["#1f77b4", "#b8b8b8"]
-    )
-    axis.bar_label(bars, fmt="%.1f", padding=2)
+    bars = {
+        f"{row},\n{one['images']} of {photographs}": figures["pipeline_seconds"]
+        for photographs, one in section["sets"].items()
+        for row, figures in one["rows"].items()
+    }
+    drawn = axis.bar(list(bars), list(bars.values()), color=["#1f77b4", "#b8b8b8"] * 2)
+    axis.bar_label(drawn, fmt="%.1f", padding=2)
     axis.margins(y=0.15)
-    axis.set_title(
-        f"{len(section['modules'])} modules, {section['images']} images: pipeline, s\n"
-        f"ratio {section['ratio_pipeline']:.2f}",
-        fontsize=10,
-    )
+    axis.tick_params(axis="x", labelsize=7)
+    ratios = ", ".join(f"{one['ratio_pipeline']:.2f}" for one in section["sets"].values())
+    axis.set_title(f"{len(section['modules'])} modules: pipeline, s\nratios {ratios}", fontsize=10)
 
 
 def _draw_scale(axis: Any, name: str, section: Result) -> None:
