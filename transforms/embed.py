@@ -1,6 +1,7 @@
 """Pixels into feature vectors, and the transform for other people's pipelines."""
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import apache_beam as beam
@@ -76,30 +77,40 @@ class _EmbedBatchFn(beam.DoFn):
     def process(self, batch: list[str | tuple[str, bytes]]) -> Iterator[Any]:
         uris = [element if isinstance(element, str) else element[0] for element in batch]
         contents = list(self._process.readers.map(self._read, batch))
+        step = -(-len(contents) // self._process.threads)
+        parts = [contents[start : start + step] for start in range(0, len(contents), step)]
+        outcomes = chain.from_iterable(self._process.compute.map(self._embed, parts))
+        for uri, outcome in zip(uris, outcomes, strict=True):
+            if isinstance(outcome, np.ndarray):
+                yield uri, outcome
+                continue
+            stage, error = outcome
+            reject = {
+                "uri": uri,
+                "stage": stage,
+                "reason": error.reason,
+                "message": error.message,
+            }
+            yield beam.pvalue.TaggedOutput("rejects", reject)
+
+    def _embed(
+        self, contents: list[bytes | ImageError]
+    ) -> list[np.ndarray | tuple[str, ImageError]]:
+        """Gives the vector of each, or the stage and error that stood in its way."""
         size = self._module.image_size
         decoded = decode_batch(
             contents, self._preset, [size], self._limits, self._process.decoding.reserve
         )
         vectors, errors = embed_batch(self._engine, decoded.pixels[size], self._module.width)
-        for row, position in enumerate(decoded.positions):
-            if row not in errors:
-                yield uris[position], vectors[row]
-        stages = {
-            "read": {i: data for i, data in enumerate(contents) if isinstance(data, ImageError)},
-            "decode": decoded.errors,
-            "embed": {int(decoded.positions[row]): error for row, error in errors.items()},
+        outcomes: dict[int, np.ndarray | tuple[str, ImageError]] = {
+            position: ("read", data)
+            for position, data in enumerate(contents)
+            if isinstance(data, ImageError)
         }
-        for stage, failed in stages.items():
-            for position, error in failed.items():
-                yield beam.pvalue.TaggedOutput(
-                    "rejects",
-                    {
-                        "uri": uris[position],
-                        "stage": stage,
-                        "reason": error.reason,
-                        "message": error.message,
-                    },
-                )
+        outcomes |= {position: ("decode", error) for position, error in decoded.errors.items()}
+        for row, position in enumerate(decoded.positions.tolist()):
+            outcomes[position] = ("embed", errors[row]) if row in errors else vectors[row]
+        return [outcomes[position] for position in range(len(contents))]
 
 
 class EmbedImages(beam.PTransform):
