@@ -55,6 +55,19 @@ def labelled(shared: Path) -> list[Path]:
 
 
 @pytest.fixture(scope="session")
+def peak_code() -> str:
+    """Code that prints the peak memory of its process, in bytes, as the last line of stderr.
+
+    It is the benchmark's: `ru_maxrss` begins with the peak of the process that started this one.
+    """
+    benchmarks = str(ROOT / "benchmarks")
+    return (
+        f"import sys; sys.path.append({benchmarks!r}); from child import peak_bytes\n"
+        "print(peak_bytes(), file=sys.stderr)\n"
+    )
+
+
+@pytest.fixture(scope="session")
 def gcs_emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
     """A storage emulator on loopback, which all clients of this process and its children use."""
     spec = importlib.util.spec_from_file_location("gcs", Path(__file__).with_name("gcs.py"))
