@@ -132,9 +132,10 @@ def run_extract(
         stack.enter_context(_only_one(output))
         planned, replaces = _look_at(output, meaning, options.overwrite)
         engines = _choose_engines(meaning, options, runner)
+        store = Store(options.store).root
         if runner.is_local and runner.processes == 1:  # they are ready when the pipeline is
             for module, choice in zip(meaning.modules, engines, strict=True):
-                this_process().load(module, choice, Store(options.store).root)
+                this_process().load(module, choice, store)
         if planned is None:
             planned = _plan_in(output, meaning, options, replaces, runner)
         else:
@@ -149,7 +150,7 @@ def run_extract(
             output=output,
             planned=planned,
             engines=engines,
-            store=Store(options.store).root,
+            store=store,
             batch_size=options.batch_size,
             max_reject_fraction=options.max_reject_fraction,
             processes=runner.processes,
@@ -390,8 +391,7 @@ def _first_line(error: BaseException) -> str:
 def rejects_folder(output: str) -> str:
     """Finds the rejects of a run that was not published."""
     planned = PlannedRun.model_validate_json(files.read_bytes(job_path(output)))
-    root = files.join(output, WORK_FOLDER, "new") if planned.replaces else output
-    return files.join(root, "rejects")
+    return files.join(planned.root(output), "rejects")
 
 
 def _read_report(job: ExtractJob) -> RunReport:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from apache_beam.options.pipeline_options import PipelineOptions, StandardOption
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 from hubbeam.modules.errors import ConfigError
+from hubbeam.modules.stderr import stderr_into
 from hubbeam.pipelines.options import ExtractOptions
 from hubbeam.transforms.process import cores
 
@@ -108,28 +108,18 @@ def _worker_processes() -> Iterator[None]:
     """
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
+    told = logging.getLogger().isEnabledFor(logging.INFO)
     try:
-        with nullcontext() if logging.getLogger().isEnabledFor(logging.INFO) else _no_stderr():
+        with (
+            Path(os.devnull).open("wb") as nowhere,
+            nullcontext() if told else stderr_into(nowhere),
+        ):
             yield
     finally:
         if before is None:
             del os.environ["PYTHONSAFEPATH"]
         else:
             os.environ["PYTHONSAFEPATH"] = before
-
-
-@contextmanager
-def _no_stderr() -> Iterator[None]:
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with Path(os.devnull).open("wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(kept, 2)
-            os.close(kept)
 
 
 def _parse(args: list[str]) -> dict[str, Any]:

@@ -102,6 +102,14 @@ class PlannedRun(_Data):
         text = json.dumps([self.meaning.identity(), self.plan_sha256], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def root(self, output: str) -> str:
+        """Folder that shards are written to.
+
+        It is the output itself, unless that still holds a finished run, which may not be touched
+        before the new one is whole.
+        """
+        return files.join(output, WORK_FOLDER, "new") if self.replaces else output
+
 
 class ExtractJob(_Data):
     """A planned run with everything operational: rides in the pipeline to the workers.
@@ -152,12 +160,8 @@ class ExtractJob(_Data):
 
     @property
     def root(self) -> str:
-        """Folder that shards are written to.
-
-        It is the output itself, unless that still holds a finished run, which may not be touched
-        before the new one is whole.
-        """
-        return files.join(self.work, "new") if self.planned.replaces else self.output
+        """Folder that shards are written to, see `PlannedRun.root`."""
+        return self.planned.root(self.output)
 
     @property
     def moving(self) -> str:

@@ -807,7 +807,7 @@ def _text_uris(table: str) -> _Uris:
     with files.open_read(table) as file:
         if b"\0" in file.read(1 << 16):
             raise ConfigError(f"{table!r} is no table: neither Parquet nor text")
-    with files.open_read(table) as file:
+        file.seek(0)
         lines: list[bytes] = []
         first = 1
         for line in file:

@@ -66,11 +66,11 @@ class Process:
           What `engine` waits for.
         """
         key = f"{module.sha256} {module.signature} {module.output} {choice.model_dump_json()}"
-        # Here, for beside a busy thread an import waits for Python's lock at every file it opens.
-        import_engine(choice)
         with self._loading:
             loading = self._engines.get(key)
             if loading is None or (loading.done() and loading.exception()):
+                # Beside a busy thread an import waits for Python's lock at every file it opens.
+                import_engine(choice)
                 loading = self.compute.submit(
                     load_engine, Store(store), module, choice, threads=self.threads
                 )

@@ -210,6 +210,7 @@ def _start_batch(
             fail(error)
             return
         process.reading.release(held)
+        result.size_bytes = held
         result.milliseconds["read"] = milliseconds
         done.set_result(result)
 
@@ -297,8 +298,7 @@ def compute_batch(
         batches,
         rejects,
         len(contents),
-        sum(len(data) for data in contents if not isinstance(data, ImageError)),
-        {
+        milliseconds={
             "decode": int(1000 * (clock[1] - clock[0])),
             "embed": int(1000 * (clock[2] - clock[1])),
         },

@@ -215,7 +215,8 @@ class OpenVINOEngine:
         finally:
             # After a failure: what still runs reads `pixels`, and is not used again.
             for request, _, _ in running:
-                _wait(request)
+                with suppress(RuntimeError):
+                    request.wait()
         return vectors
 
 
@@ -234,8 +235,3 @@ class _Requests:
 
     def put(self, request: Any) -> None:
         self._free.append(request)
-
-
-def _wait(request: Any) -> None:
-    with suppress(RuntimeError):
-        request.wait()

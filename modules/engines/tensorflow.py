@@ -20,6 +20,7 @@ import numpy as np
 from hubbeam.modules.engines.base import check_pixels
 from hubbeam.modules.errors import ConfigError, RunError
 from hubbeam.modules.spec import ResolvedModule
+from hubbeam.modules.stderr import stderr_into
 
 NAME = "tensorflow"
 
@@ -41,24 +42,15 @@ def import_tensorflow() -> Any:
 def _without_notices() -> Iterator[None]:
     # TensorFlow 2.21 writes notices (I0000 ...) to stderr whatever the log level is. What other
     # threads write meanwhile comes later, but comes.
-    try:
-        kept = os.dup(2)
-    except OSError:  # no stderr at all
-        yield
-        return
     with tempfile.TemporaryFile() as spool:
-        sys.stderr.flush()
-        os.dup2(spool.fileno(), 2)
         try:
-            yield
+            with stderr_into(spool):
+                yield
         finally:
-            sys.stderr.flush()
-            os.dup2(kept, 2)
             spool.seek(0)
             for line in spool:
                 if not line.startswith((b"I0000 ", b"WARNING: All log messages before absl")):
-                    os.write(kept, line)
-            os.close(kept)
+                    os.write(2, line)
 
 
 class FrozenGraph(NamedTuple):
