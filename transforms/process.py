@@ -27,10 +27,6 @@ def threads_for(processes: int) -> int:
     return max(1, cores() // processes) if processes else 1
 
 
-THREADS_A_CORE = 2
-"""Computing threads for each core: one works while the other waits for Python's lock or for the
-engine. Measured on two cores: 4 threads reach 404 images/s where 2 reach 385."""
-
 DECODE_BYTES = 1 << 30
 """Bytes that pictures being decoded may take at once; a larger picture is decoded alone."""
 
@@ -40,7 +36,8 @@ class Process:
 
     Attributes:
       threads: cores that this process computes on.
-      compute: pool of threads that decode and run modules.
+      compute: pool of as many threads, which decode and run modules. Measured on two cores: a third
+        or fourth thread costs 4 %, for they push each other's pixels out of the cache.
       reads: reads that may wait for the storage at once.
       readers: pool of as many threads.
       reading: bytes of image files in memory.
@@ -49,7 +46,7 @@ class Process:
 
     def __init__(self, threads: int):
         self.threads = threads
-        self.compute = ThreadPoolExecutor(THREADS_A_CORE * threads, "hubbeam-compute")
+        self.compute = ThreadPoolExecutor(threads, "hubbeam-compute")
         self.reads = READS_A_CORE * threads
         self.readers = ThreadPoolExecutor(self.reads, "hubbeam-read")
         self.reading = ByteBudget(READ_AHEAD_BYTES)

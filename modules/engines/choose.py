@@ -213,7 +213,10 @@ def _converted(
 
 
 def _must_agree(engine: Engine, module: ResolvedModule, reference: np.ndarray) -> float:
-    cosine = agreement(engine.run(check_pictures(module.image_size)), reference)
+    pictures = check_pictures(module.image_size)
+    with ThreadPoolExecutor(engine.streams) as pool:  # each makes itself ready
+        found = pool.map(engine.run, [pictures] * engine.streams)
+        cosine = min(agreement(vectors, reference) for vectors in found)
     if cosine < COSINE_MIN:
         raise RunError(
             f"module {module.name}: engine {engine.name} {engine.version} does not agree with "
