@@ -48,10 +48,8 @@ def build_pipeline(pipeline: beam.Pipeline, job: ExtractJob) -> None:
     """The job as Beam sees it: shards out to the workers, their proofs back, publication."""
     _ = (
         pipeline
-        | "Shards" >> beam.Create(range(job.shards), reshuffle=False)
-        | "Spread" >> beam.Reshuffle()
+        | "Shards" >> beam.Create([(shard, None) for shard in range(job.shards)], reshuffle=False)
         | "Extract" >> ExtractShards(job)
-        | "SpreadAgain" >> beam.Reshuffle()
         | "Verify" >> VerifyShards(job)
         | "Publish" >> Publish(job)
     )

@@ -279,6 +279,9 @@ class Publish(beam.PTransform):
         job = self._job
         return (
             reports
-            | "Together" >> beam.combiners.ToList()
-            | "Publish" >> beam.Map(lambda all_reports: publish(job, all_reports))
+            | beam.Map(lambda report: ("run", report)).with_output_types(tuple[str, ShardReport])
+            | beam.GroupByKey()
+            | beam.MapTuple(lambda _, reports: publish(job, list(reports))).with_output_types(
+                RunReport
+            )
         )

@@ -7,7 +7,7 @@ time, and a finished one is never computed again.
 import hashlib
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -305,10 +305,10 @@ def compute_batch(
     )
 
 
-@beam.typehints.with_input_types(int)
+@beam.typehints.with_input_types(tuple[int, Iterable[None]])
 @beam.typehints.with_output_types(tuple[int, bool])
 class _ExtractShardFn(beam.DoFn):
-    """Shard index -> (shard index, whether an earlier run had finished it)."""
+    """(shard index, -) -> (shard index, whether an earlier run had finished it)."""
 
     def __init__(self, job: ExtractJob):
         self._job = job
@@ -322,8 +322,8 @@ class _ExtractShardFn(beam.DoFn):
             self._counters[name] = Metrics.counter("hubbeam", name)
         self._counters[name].inc(value)
 
-    def process(self, shard: int) -> Iterator[tuple[int, bool]]:
-        job = self._job
+    def process(self, element: tuple[int, Iterable[None]]) -> Iterator[tuple[int, bool]]:
+        job, (shard, _) = self._job, element
         kept = self._is_finished(shard)
         if not kept:
             images = rejected = 0
@@ -354,11 +354,17 @@ class _ExtractShardFn(beam.DoFn):
 
 
 class ExtractShards(beam.PTransform):
-    """Shard indices in; each shard's files written, and (index, kept) out."""
+    """(Shard index, None) in; each shard's files written, and (index, kept) out.
+
+    Grouping by distinct keys spreads the shards as a Reshuffle would, but is one transform and not
+    eight: the pipeline is built and started in half the time.
+    """
 
     def __init__(self, job: ExtractJob):
         super().__init__()
         self._job = job
 
-    def expand(self, shards: beam.PCollection[int]) -> beam.PCollection[tuple[int, bool]]:
-        return shards | "ExtractShard" >> beam.ParDo(_ExtractShardFn(self._job))
+    def expand(
+        self, shards: beam.PCollection[tuple[int, None]]
+    ) -> beam.PCollection[tuple[int, bool]]:
+        return shards | beam.GroupByKey() | beam.ParDo(_ExtractShardFn(self._job))

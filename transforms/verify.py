@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import apache_beam as beam
@@ -159,14 +159,14 @@ def _file_report(path: str, rows: int) -> FileReport:
     return FileReport(path=path, rows=rows, size_bytes=size, sha256=digest.hexdigest())
 
 
-@beam.typehints.with_input_types(tuple[int, bool])
+@beam.typehints.with_input_types(tuple[int, Iterable[bool]])
 @beam.typehints.with_output_types(ShardReport)
 class _VerifyShardFn(beam.DoFn):
     def __init__(self, job: ExtractJob):
         self._job = job
 
-    def process(self, element: tuple[int, bool]) -> Iterator[ShardReport]:
-        shard, kept = element
+    def process(self, element: tuple[int, Iterable[bool]]) -> Iterator[ShardReport]:
+        shard, (kept,) = element
         yield verify_shard(self._job, shard).model_copy(update={"kept": kept})
 
 
@@ -178,4 +178,5 @@ class VerifyShards(beam.PTransform):
         self._job = job
 
     def expand(self, shards: beam.PCollection[tuple[int, bool]]) -> beam.PCollection[ShardReport]:
-        return shards | "VerifyShard" >> beam.ParDo(_VerifyShardFn(self._job))
+        # Grouped, so that no shard is computed again because its verification is.
+        return shards | beam.GroupByKey() | beam.ParDo(_VerifyShardFn(self._job))
