@@ -279,9 +279,8 @@ class Publish(beam.PTransform):
         job = self._job
         return (
             reports
-            | beam.Map(lambda report: ("run", report)).with_output_types(tuple[str, ShardReport])
-            | beam.GroupByKey()
-            | beam.MapTuple(lambda _, reports: publish(job, list(reports))).with_output_types(
-                RunReport
-            )
+            | beam.WithKeys("run")
+            | "Together" >> beam.GroupByKey()
+            | "Publish"
+            >> beam.MapTuple(lambda _, reports: publish(job, reports)).with_output_types(RunReport)
         )

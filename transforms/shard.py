@@ -367,4 +367,8 @@ class ExtractShards(beam.PTransform):
     def expand(
         self, shards: beam.PCollection[tuple[int, None]]
     ) -> beam.PCollection[tuple[int, bool]]:
-        return shards | beam.GroupByKey() | beam.ParDo(_ExtractShardFn(self._job))
+        return (
+            shards
+            | "Spread" >> beam.GroupByKey()
+            | "ExtractShard" >> beam.ParDo(_ExtractShardFn(self._job))
+        )

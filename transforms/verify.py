@@ -179,4 +179,8 @@ class VerifyShards(beam.PTransform):
 
     def expand(self, shards: beam.PCollection[tuple[int, bool]]) -> beam.PCollection[ShardReport]:
         # Grouped, so that no shard is computed again because its verification is.
-        return shards | beam.GroupByKey() | beam.ParDo(_VerifyShardFn(self._job))
+        return (
+            shards
+            | "Spread" >> beam.GroupByKey()
+            | "VerifyShard" >> beam.ParDo(_VerifyShardFn(self._job))
+        )

@@ -251,12 +251,11 @@ def _choose(store: Store, module: ResolvedModule, engine: str, threads: int) -> 
                 raise
             refused = f"; refused: {e}"
     rates = _measure([candidate.engine for candidate in candidates], module.image_size)
-    best: dict[str, tuple[float, _Candidate]] = {}
-    for rate, candidate in sorted(zip(rates, candidates, strict=True), key=lambda pair: -pair[0]):
-        name = candidate.engine.name
-        best.setdefault(name, (rate, candidate))
-    rate, (chosen, cosine) = max(best.values(), key=lambda pair: pair[0])
-    measured = {name: round(rate, 1) for name, (rate, _) in best.items()}
+    ranked = sorted(zip(rates, candidates, strict=True), key=lambda pair: -pair[0])
+    rate, (chosen, cosine) = ranked[0]
+    measured: dict[str, float] = {}
+    for each, candidate in ranked:
+        measured.setdefault(candidate.engine.name, round(each, 1))
     figures = ", ".join(f"{name} {rate:.0f}" for name, rate in measured.items())
     why = "named by the user" if engine != "auto" else "the fastest that agrees with TensorFlow"
     if chosen.name == "openvino-bf16":

@@ -10,7 +10,7 @@ when the next one reads it.
 import io
 import tempfile
 import zipfile
-from collections import defaultdict, deque
+from collections import defaultdict
 from pathlib import Path
 from threading import Lock, Semaphore
 from typing import Any, Literal, NamedTuple
@@ -160,9 +160,9 @@ class OpenVINOEngine:
             "ENABLE_CPU_PINNING": False,
         }
         self._turns = Semaphore(streams)
-        # The one used last has its weights in the cache.
-        self._free: dict[np.dtype, deque[Any]] = defaultdict(deque)
-        self._cloning = Lock()
+        # Requests that nobody uses. The one used last is taken first: its weights are in the cache.
+        self._free: dict[np.dtype, list[Any]] = defaultdict(list)
+        self._cloning = Lock()  # OpenVINO does not say that two threads may clone one model
 
     def _compile(self, dtype: np.dtype) -> Any:
         """Compiles the model for pixels of a type; returns a request of it."""
