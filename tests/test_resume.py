@@ -138,6 +138,20 @@ def test_two_runs_in_one_output_are_refused(store: Store, inputs: Path, tmp_path
         run(store, inputs, tmp_path / "out")
 
 
+@pytest.mark.parametrize("bad", range(3))
+def test_shard_that_cannot_be_ended_fails_the_run(
+    store: Store, photos: Path, tmp_path: Path, bad: int
+) -> None:
+    """Also where the next shard is under way by then, or none is left."""
+    in_the_way = tmp_path / "out" / MODULE / f"vectors-{bad:05d}-of-00003.parquet"
+    in_the_way.mkdir(parents=True)
+    with pytest.raises(Exception, match=r"Is a directory.*vectors-"):
+        run(store, photos, tmp_path / "out", shards=3)
+    assert not list((tmp_path / "out").rglob("_SUCCESS"))
+    in_the_way.rmdir()
+    assert run(store, photos, tmp_path / "out", shards=3).published
+
+
 def test_publication_that_was_cut_off_is_finished(
     store: Store, inputs: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

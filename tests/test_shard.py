@@ -1,20 +1,24 @@
 """How a shard is cut into batches, and that nothing hangs or is lost when something fails."""
 
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from hubbeam.modules.errors import ImageError
 from hubbeam.modules.images import Limits
 from hubbeam.modules.store import Store
 from hubbeam.pipelines import extract
 from hubbeam.pipelines.options import ExtractOptions
 from hubbeam.pipelines.runners import Runner
+from hubbeam.transforms import shard
 from hubbeam.transforms.job import ExtractJob
 from hubbeam.transforms.plan import read_plan_shard
 from hubbeam.transforms.process import this_process
-from hubbeam.transforms.read import ByteBudget, read_image
+from hubbeam.transforms.read import ByteBudget, is_cached, read_batch, read_image
 from hubbeam.transforms.shard import BYTES_AT_ONCE, compute_batches, cut_batches, extract_shard
 
 MODULE = "mobilenet_v2_050_224"
@@ -83,12 +87,49 @@ def test_what_kills_a_batch_ends_the_shard(job: ExtractJob) -> None:
 
 def test_an_abandoned_shard_leaves_nothing(job: ExtractJob) -> None:
     process = this_process()
-    running = extract_shard(job, 0, process)
+    running = extract_shard(job, 0, process, lambda finish: finish())
     next(running)
     running.close()
     process.reading.acquire(1 << 40)
     process.reading.release(1 << 40)
     assert not list(Path(job.output).glob(f"{MODULE}/*")) + list(Path(job.output).glob("*/.*.tmp"))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_files_in_memory_are_read_without_a_change_of_threads(
+    job: ExtractJob, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    process = this_process()
+    threads: set[str] = set()
+
+    def read(uris: list[str], limits: Limits) -> list[bytes | ImageError]:
+        threads.add(threading.current_thread().name.rpartition("_")[0])
+        return read_batch(uris, limits)
+
+    monkeypatch.setattr(shard, "is_cached", lambda uri: cached)
+    monkeypatch.setattr(shard, "read_batch", read)
+    plan = read_plan_shard(job.plan, 0, 1)
+    engine = process.engine(job.modules[0], job.engines[0], job.store)
+    results = list(compute_batches(job, plan, [engine], process))
+    assert threads == {"hubbeam-compute" if cached else "hubbeam-read"}
+    uris = [uri for result in results for uri in result.batches[0]["uri"].to_pylist()]
+    assert uris == plan["uri"].to_pylist()
+
+
+def test_is_cached(tmp_path: Path) -> None:
+    image = tmp_path / "image.jpg"
+    image.write_bytes(b"x" * 10_000)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "empty.jpg").touch()
+    for name in ("pipe.jpg", "empty.jpg", "gone.jpg", ".", "a\0b"):
+        assert not is_cached(f"{tmp_path}/{name}")
+    assert not is_cached("gs://bucket/image.jpg")
+    with image.open("rb") as file:
+        try:
+            os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
+        except (OSError, AttributeError):
+            pytest.skip("this system or filesystem cannot tell")
+    assert is_cached(str(image))
 
 
 def test_budget_gives_the_whole_to_one_at_a_time() -> None:
@@ -100,10 +141,6 @@ def test_budget_gives_the_whole_to_one_at_a_time() -> None:
 
 
 def test_pipes_and_folders_are_not_read(tmp_path: Path) -> None:
-    import os
-
-    from hubbeam.modules.errors import ImageError
-
     os.mkfifo(tmp_path / "pipe.jpg")
     for name, reason in (
         ("pipe.jpg", "unsupported_format"),

@@ -7,14 +7,17 @@ time, and a finished one is never computed again.
 import hashlib
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
 from apache_beam.metrics import Metrics
+from apache_beam.transforms.window import GlobalWindows
+from apache_beam.utils.windowed_value import WindowedValue
 
 from hubbeam.modules.engines.base import Engine
 from hubbeam.modules.errors import ImageError, RunError
@@ -25,7 +28,7 @@ from hubbeam.transforms.job import ExtractJob
 from hubbeam.transforms.plan import read_plan_shard
 from hubbeam.transforms.process import Process, this_process
 from hubbeam.transforms.progress import note_progress
-from hubbeam.transforms.read import ASSUMED_BYTES, read_batch
+from hubbeam.transforms.read import ASSUMED_BYTES, is_cached, read_batch
 from hubbeam.transforms.verify import verify_shard
 from hubbeam.transforms.write import (
     PICTURE_FIELDS,
@@ -73,13 +76,16 @@ class BatchResult:
     milliseconds: dict[str, int] = field(default_factory=dict)
 
 
-def extract_shard(job: ExtractJob, shard: int, process: Process) -> Iterator[BatchResult]:
+def extract_shard(
+    job: ExtractJob, shard: int, process: Process, end: Callable[[Callable[[], None]], object]
+) -> Iterator[BatchResult]:
     """Computes a shard and writes its files; they appear whole, the vectors last.
 
     Args:
       job: the run.
       shard: index of the shard.
       process: what this process shares.
+      end: is given, after the last batch, what ends the files and makes them appear.
 
     Yields:
       Each batch, after it was given to the writer.
@@ -91,14 +97,21 @@ def extract_shard(job: ExtractJob, shard: int, process: Process) -> Iterator[Bat
         for module, choice in zip(job.modules, job.engines, strict=True)
     ]
     engines = [engine.result() for engine in loading]
-    with open_shard(job, shard, engines) as writers:
+    with ExitStack() as stack:
+        writers = stack.enter_context(open_shard(job, shard, engines))
         for result in compute_batches(job, _without_list_rejects(plan), engines, process):
             for writer, batch in zip(writers, result.batches, strict=True):
                 writer.write(batch)
             rejects += result.rejects
             yield result
-        # Before the vectors appear, for those tell a later run that the shard is finished.
-        write_rejects(job, shard, pa.Table.from_pylist(rejects, REJECTS))
+        opened = stack.pop_all()
+
+    def finish() -> None:
+        with opened:
+            # Before the vectors appear, for those tell a later run that the shard is finished.
+            write_rejects(job, shard, pa.Table.from_pylist(rejects, REJECTS))
+
+    end(finish)
 
 
 def _list_rejects(plan: pa.Table) -> list[dict[str, Any]]:
@@ -188,7 +201,7 @@ def _start_batch(
         process.reading.release(held)
         done.set_exception(error)
 
-    def read() -> None:
+    def read(and_then: Callable[[list[bytes | ImageError], int], object]) -> None:
         nonlocal held
         if not done.set_running_or_notify_cancel():
             process.reading.release(held)
@@ -199,7 +212,7 @@ def _start_batch(
             read_bytes = sum(len(data) for data in contents if not isinstance(data, ImageError))
             process.reading.correct(read_bytes - held)
             held = read_bytes
-            process.compute.submit(compute, contents, int(1000 * (time.monotonic() - started)))
+            and_then(contents, int(1000 * (time.monotonic() - started)))
         except BaseException as error:
             fail(error)
 
@@ -214,7 +227,12 @@ def _start_batch(
         result.milliseconds["read"] = milliseconds
         done.set_result(result)
 
-    process.readers.submit(read)
+    if all(map(is_cached, uris)):
+        # What is read by the thread that decodes it is still in the core's cache: 1 % for large
+        # pictures. Only what need not be waited for, or the core would be idle.
+        process.compute.submit(read, compute)
+    else:
+        process.readers.submit(read, lambda *contents: process.compute.submit(compute, *contents))
     return done
 
 
@@ -322,18 +340,38 @@ class _ExtractShardFn(beam.DoFn):
             self._counters[name] = Metrics.counter("hubbeam", name)
         self._counters[name].inc(value)
 
+    def start_bundle(self) -> None:
+        self._ending: deque[tuple[int, Future[None]]] = deque()
+
     def process(self, element: tuple[int, Iterable[None]]) -> Iterator[tuple[int, bool]]:
         job, (shard, _) = self._job, element
-        kept = self._is_finished(shard)
-        if not kept:
-            images = rejected = 0
-            for result in extract_shard(job, shard, self._process):
-                images += result.images
-                rejected += len({row["uri"] for row in result.rejects})
-                self._measure(result)
-                note_progress(job.progress, shard, images, rejected)
-        self._count("shards_kept" if kept else "shards_written", 1)
-        yield shard, kept
+        if self._is_finished(shard):
+            self._count("shards_kept", 1)
+            yield shard, True
+            return
+
+        def end(finish: Callable[[], None]) -> None:
+            self._ending.append((shard, self._process.readers.submit(finish)))
+
+        images = rejected = 0
+        for result in extract_shard(job, shard, self._process, end):
+            images += result.images
+            rejected += len({row["uri"] for row in result.rejects})
+            self._measure(result)
+            note_progress(job.progress, shard, images, rejected)
+        # While one is ended, which for remote storage means uploaded, the next is computed.
+        yield from self._ended(leave=1)
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        for ended in self._ended(leave=0):
+            yield GlobalWindows.windowed_value(ended)
+
+    def _ended(self, leave: int) -> Iterator[tuple[int, bool]]:
+        while len(self._ending) > leave:
+            shard, ending = self._ending.popleft()
+            ending.result()
+            self._count("shards_written", 1)
+            yield shard, False
 
     def _is_finished(self, shard: int) -> bool:
         try:

@@ -3,7 +3,8 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import apache_beam as beam
 import pyarrow as pa
@@ -77,7 +78,7 @@ def verify_shard(job: ExtractJob, shard: int) -> ShardReport:
     for module in job.modules:
         path = _where(job, job.vectors_path("", module.name, shard))
         try:
-            report, uris, metadata = _read_vectors(path, module.width)
+            uris, metadata, stored = _read_vectors(path, module.width)
         except (ValueError, OSError) as error:
             raise RunError(f"{path}: missing or damaged: {error}") from error
         if metadata and metadata["plan"] != job.planned.plan_id:
@@ -91,8 +92,8 @@ def verify_shard(job: ExtractJob, shard: int) -> ShardReport:
                 f"{path}: {len(uris)} vectors and {len(mine)} rejects do not account for the "
                 f"{len(planned)} planned images"
             )
-        vectors[module.name] = report.model_copy(
-            update={"path": job.vectors_path("", module.name, shard)}
+        vectors[module.name] = FileReport(
+            path=job.vectors_path("", module.name, shard), rows=len(uris), **stored._asdict()
         )
         engine = metadata.get("engine")
         engines[module.name] = f"{engine['name']} {engine['version']}" if engine else "none"
@@ -102,8 +103,10 @@ def verify_shard(job: ExtractJob, shard: int) -> ShardReport:
         images=len(planned),
         vectors=vectors,
         rejects=(
-            _file_report(rejects_path, rejects.num_rows).model_copy(
-                update={"path": job.rejects_path("", shard)}
+            FileReport(
+                path=job.rejects_path("", shard),
+                rows=rejects.num_rows,
+                **_stored(rejects_path)._asdict(),
             )
             if rejects.num_rows
             else None
@@ -141,22 +144,26 @@ def _sorted(uris: pa.ChunkedArray) -> pa.ChunkedArray:
     return pa.chunked_array([uris.take(pc.sort_indices(uris)).combine_chunks()], pa.string())
 
 
-def _read_vectors(path: str, width: int) -> tuple[FileReport, pa.ChunkedArray, dict[str, Any]]:
+class _Stored(NamedTuple):
+    size_bytes: int
+    sha256: str
+
+
+def _read_vectors(path: str, width: int) -> tuple[pa.ChunkedArray, dict[str, Any], _Stored]:
     if not files.exists(path):
         raise FileNotFoundError("no such file")
-    with local_copy(path) as copy:
-        uris, metadata = read_uris(copy, width)
-        report = _file_report(copy, len(uris))
-    return report, uris, metadata
+    with local_copy(path) as copy, ThreadPoolExecutor(1) as beside:
+        stored = beside.submit(_stored, copy)
+        return *read_uris(copy, width), stored.result()
 
 
-def _file_report(path: str, rows: int) -> FileReport:
+def _stored(path: str) -> _Stored:
     digest, size = hashlib.sha256(), 0
     with files.open_read(path) as file:
         while chunk := file.read(8 << 20):
             digest.update(chunk)
             size += len(chunk)
-    return FileReport(path=path, rows=rows, size_bytes=size, sha256=digest.hexdigest())
+    return _Stored(size, digest.hexdigest())
 
 
 @beam.typehints.with_input_types(tuple[int, Iterable[bool]])
