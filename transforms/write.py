@@ -235,7 +235,7 @@ def read_rejects(path: str) -> tuple[pa.Table, dict[str, Any]]:
     if not files.exists(path):
         raise FileNotFoundError(path)
     with files.open_read(path) as file:
-        table = pq.read_table(file)
+        table = pq.ParquetFile(file).read()
     metadata = (table.schema.metadata or {}).get(METADATA_KEY.encode(), b"{}")
     return table.cast(REJECTS), json.loads(metadata)
 
