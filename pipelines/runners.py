@@ -1,5 +1,6 @@
 """Which Beam runner a job goes to, and with which options."""
 
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -95,8 +96,22 @@ class Runner:
             runner=FnApiRunner() if self.is_local else self.name, options=options
         )
         build(pipeline)
-        with _worker_processes() if self.processes > 1 else nullcontext():
+        with _worker_processes() if self.processes > 1 else _imports_uncollected():
             pipeline.run().wait_until_finish()
+
+
+@contextmanager
+def _imports_uncollected() -> Iterator[None]:
+    """Keeps what exists by now out of the garbage collections of a run.
+
+    To go through the objects of Beam's modules takes 0.13 s, with the interpreter's lock held, and
+    comes about once in 10,000 images.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager
