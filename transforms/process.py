@@ -39,7 +39,7 @@ class Process:
       compute: pool of as many threads, which decode and run modules. Measured on two cores: a third
         or fourth thread costs 4 %, for they push each other's pixels out of the cache.
       reads: reads that may wait for the storage at once.
-      readers: pool of as many threads.
+      readers: pool of as many threads; what ends a shard's files waits there as well.
       reading: bytes of image files in memory.
       decoding: bytes that pictures being decoded may take.
     """
