@@ -233,12 +233,20 @@ class _OpenVINO(Family):
 
     def __init__(self, pixels: np.ndarray, folder: Path, module: ResolvedModule, cache: Path):
         super().__init__(pixels)
-        from hubbeam.modules.engines.openvino import Converted, convert, import_openvino
+        from hubbeam.modules.engines.openvino import (
+            CONVERSION,
+            Converted,
+            convert,
+            import_openvino,
+            take_bytes,
+        )
 
         self._ov = import_openvino()
+        self._take_bytes = take_bytes
         self._size = module.image_size
         version = self._ov.__version__.split("-")[0]
-        kept = cache / f"{module.sha256[:16]}-{module.signature}-openvino-{version}.zip"
+        kind = f"openvino-{version}-{CONVERSION}"
+        kept = cache / f"{module.sha256[:16]}-{module.signature}-{kind}.zip"
         if not kept.exists():
             kept.parent.mkdir(parents=True, exist_ok=True)
             no_reference = np.empty((0, module.width), np.float32)
@@ -262,10 +270,8 @@ class _OpenVINO(Family):
         ov = self._ov
         model = self._model.clone()
         model.reshape([setting["batch"] if setting["static"] else -1, *self._size, 3])
-        steps = ov.preprocess.PrePostProcessor(model)
         if self._pixels.dtype == np.uint8:
-            steps.input().tensor().set_element_type(ov.Type.u8)
-            steps.input().preprocess().convert_element_type(ov.Type.f32).scale(255.0)
+            model = self._take_bytes(ov, model)
         options = {
             "INFERENCE_PRECISION_HINT": "f32",
             "EXECUTION_MODE_HINT": "ACCURACY",
@@ -274,7 +280,7 @@ class _OpenVINO(Family):
             "ENABLE_HYPER_THREADING": True,
             "ENABLE_CPU_PINNING": False,
         }
-        compiled = ov.Core().compile_model(steps.build(), "CPU", options)
+        compiled = ov.Core().compile_model(model, "CPU", options)
 
         def make() -> Callable[[np.ndarray], Any]:
             request = compiled.create_infer_request()

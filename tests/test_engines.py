@@ -46,7 +46,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture(scope="module")
 def small(store: Store, tmp_path_factory: pytest.TempPathFactory) -> ResolvedModule:
-    """A TF2 SavedModel with every form of batch norm, whose second output is the vector."""
+    """A TF2 SavedModel with every form of batch norm and slice; the second output is the vector."""
     import tensorflow as tf
 
     rng = np.random.default_rng(7)
@@ -76,12 +76,15 @@ def small(store: Store, tmp_path_factory: pytest.TempPathFactory) -> ResolvedMod
         def vectors(self, images: "tf.Tensor") -> dict[str, "tf.Tensor"]:
             x = tf.nn.conv2d(images * 2 - 1, self.conv, 2, "SAME")
             x = tf.nn.relu6(self.norm(x, 0))
+            x = tf.pad(x, [[0, 0], [0, 1], [0, 1], [0, 0]])[:, 1:, 1:, :]
             x = tf.nn.depthwise_conv2d(x, self.depth, [1, 1, 1, 1], "SAME")
             x = tf.nn.relu6(self.norm(x, 1))
             x = tf.nn.conv2d(x, self.point, 1, "SAME")
             # Read twice: the first batch norm cannot be folded into the convolution.
             x = self.norm(x, 2) + 0.5 * self.norm(x + 0.25, 3)
-            return {"another": images, "default": tf.reduce_mean(x, [1, 2]), "map": x}
+            parts = [x[:, 2:, :, :], x[:, -5:], x[:, :-3], x[:, 1::2, 1:], x[:, 3]]
+            means = [tf.reduce_mean(part, list(range(1, part.ndim - 1))) for part in parts]
+            return {"another": images, "default": tf.add_n(means), "map": x}
 
     net = Net()
     folder = tmp_path_factory.mktemp("small")
@@ -166,6 +169,21 @@ def test_batch_norm_is_folded_where_it_can_be(store: Store, small: ResolvedModul
     assert ops.count("FusedBatchNormV3") == 2
     assert ops.count("Placeholder") == 1
     assert not {"VarHandleOp", "ReadVariableOp", "PartitionedCall"} & set(ops)
+
+
+def test_only_openvinos_input_is_transposed(
+    store: Store, small: ResolvedModule, conversion: Path
+) -> None:
+    from hubbeam.modules.engines.tensorflow import freeze
+
+    graph = freeze(store.local_folder(small), small).graph_def
+    slices = sum(node.op == "StridedSlice" for node in graph.node)
+    xml = Converted.unpack(conversion.read_bytes()).xml
+    # The two slices from somewhere to the end: pixels stay in OpenVINO's order around the first.
+    assert (xml.count(b'type="Slice"'), xml.count(b'type="StridedSlice"')) == (2, slices - 2)
+    assert xml.index(b'type="Slice"') < xml.rindex(b'type="GroupConvolution"')
+    between = xml[xml.index(b'type="Convolution"') : xml.rindex(b'type="GroupConvolution"')]
+    assert b'type="Transpose"' not in between
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 4, 33])

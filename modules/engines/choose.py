@@ -33,7 +33,13 @@ from hubbeam.modules.engines.base import (
     agreement,
     check_pictures,
 )
-from hubbeam.modules.engines.openvino import Converted, OpenVINOEngine, convert, import_openvino
+from hubbeam.modules.engines.openvino import (
+    CONVERSION,
+    Converted,
+    OpenVINOEngine,
+    convert,
+    import_openvino,
+)
 from hubbeam.modules.engines.tensorflow import TensorFlowEngine, import_tensorflow
 from hubbeam.modules.errors import ConfigError, RunError
 from hubbeam.modules.spec import ResolvedModule
@@ -184,7 +190,7 @@ def _digest(*parts: object) -> str:
 
 
 def _which(module: ResolvedModule) -> list[object]:
-    return [CHECK, module.tags, module.signature, module.input, module.output]
+    return [CHECK, CONVERSION, module.tags, module.signature, module.input, module.output]
 
 
 def _choice_name(module: ResolvedModule, engine: str, threads: int) -> str:

@@ -23,6 +23,9 @@ from hubbeam.modules.spec import ResolvedModule
 
 NAME = "openvino"
 
+CONVERSION = 2
+"""Number of the way in which `convert` converts: another way, another number."""
+
 
 def import_openvino() -> Any:
     """Imports OpenVINO.
@@ -97,6 +100,7 @@ def convert(folder: Path, module: ResolvedModule, reference: np.ndarray) -> Conv
 
     ov = import_openvino()
     frozen = freeze(folder, module)
+    _use_slices(frozen.graph_def)
     with tempfile.TemporaryDirectory() as scratch:
         graph, xml = Path(scratch, "frozen.pb"), Path(scratch, "model.xml")
         graph.write_bytes(frozen.graph_def.SerializeToString())
@@ -110,6 +114,55 @@ def convert(folder: Path, module: ResolvedModule, reference: np.ndarray) -> Conv
         except RuntimeError as e:
             raise RunError(f"module {module.name}: OpenVINO cannot convert it: {e}") from e
         return Converted(xml.read_bytes(), xml.with_suffix(".bin").read_bytes(), reference)
+
+
+def _use_slices(graph_def: Any) -> None:
+    """Writes each ``x[a:, b:, ...]`` of a frozen graph as a `Slice`, in place.
+
+    OpenVINO orders the axes of pictures otherwise than TensorFlow. The transpositions which that
+    takes are moved past a `Slice` until they cancel out, but not past a `StridedSlice`, of which
+    NASNet has four: they took a tenth of its time.
+    """
+    from tensorflow import make_ndarray, make_tensor_proto
+
+    constants = {node.name: node.attr["value"] for node in graph_def.node if node.op == "Const"}
+    for node in list(graph_def.node):
+        if node.op != "StridedSlice" or not constants.keys() >= set(node.input[1:]):
+            continue
+        begin, _, strides = (make_ndarray(constants[name].tensor) for name in node.input[1:])
+        masks = {name: node.attr[name].i for name in node.attr if name.endswith("_mask")}
+        whole = masks.pop("begin_mask", 0)
+        begin = np.where([whole >> axis & 1 for axis in range(len(begin))], 0, begin)
+        to_the_end = masks.pop("end_mask", 0) == 2 ** len(begin) - 1
+        if not to_the_end or any(masks.values()) or (strides != 1).any() or (begin < 0).any():
+            continue
+        node.op = "Slice"
+        for mask in [name for name in node.attr if name.endswith("_mask")]:
+            del node.attr[mask]
+        del node.input[1:]
+        for name, values in (("begin", begin), ("size", np.full_like(begin, -1))):
+            constant = graph_def.node.add(name=f"{node.name}/{name}", op="Const")
+            constant.attr["dtype"].CopyFrom(node.attr["Index"])
+            constant.attr["value"].tensor.CopyFrom(make_tensor_proto(values))
+            node.input.append(constant.name)
+
+
+def take_bytes(ov: Any, model: Any) -> Any:
+    """Makes a model of float32 pictures in [0, 1] one of uint8 pictures in 0 to 255.
+
+    By hand, because OpenVINO's own way (`PrePostProcessor`) transposes the bytes first and the
+    float32 values back afterwards: 6 % of the time of MobileNet V2.
+
+    Args:
+      ov: the package.
+      model: its only input is the pictures, which it loses.
+    """
+    pictures = model.input()
+    given = ov.opset13.parameter(pictures.partial_shape, ov.Type.u8)
+    scaled = ov.opset13.divide(ov.opset13.convert(given, ov.Type.f32), np.float32(255))
+    for reader in pictures.get_target_inputs():
+        reader.replace_source_output(scaled.output(0))
+    return ov.Model(model.get_results(), [given])
 
 
 class OpenVINOEngine:
@@ -169,10 +222,7 @@ class OpenVINOEngine:
         with self._cloning:
             model = self._model.clone()
         if dtype == np.uint8:
-            steps = self._ov.preprocess.PrePostProcessor(model)
-            steps.input().tensor().set_element_type(self._ov.Type.u8)
-            steps.input().preprocess().convert_element_type(self._ov.Type.f32).scale(255.0)
-            model = steps.build()
+            model = take_bytes(self._ov, model)
         return self._core.compile_model(model, "CPU", self._options).create_infer_request()
 
     def run(self, pixels: np.ndarray) -> np.ndarray:

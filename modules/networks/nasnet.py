@@ -147,12 +147,12 @@ def _fit(layers: Layers, previous: Tensor, filters: int, x: Tensor) -> Tensor:
         # them (zeros beyond the edge): so all of the diagonal is seen, not a quarter.
         previous = tf.nn.relu(previous)
         shifted = tf.pad(previous, [[0, 0], [0, 1], [0, 1], [0, 0]])[:, 1:, 1:, :]
-        paths = [
-            layers.conv2d(
-                path[:, ::2, ::2, :], filters // 2, 1, name=name, norm=None, gain=SUM_GAIN
-            )
-            for path, name in ((previous, "path1_conv"), (shifted, "path2_conv"))
-        ]
+        paths = []
+        for path, name in ((previous, "path1_conv"), (shifted, "path2_conv")):
+            # Every second pixel, as TF-Slim has it: the mean of a window of one. A slice with
+            # strides is the same, but costs TensorFlow a quarter of the network's time.
+            path = layers.avg_pool(path, 1, 2, "VALID")
+            paths.append(layers.conv2d(path, filters // 2, 1, name=name, norm=None, gain=SUM_GAIN))
         return layers.batch_norm(tf.concat(paths, axis=3), name="final_path_bn")
     if previous.shape[3] != filters:
         previous = tf.nn.relu(previous)
