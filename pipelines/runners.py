@@ -3,17 +3,20 @@
 import gc
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
+import psutil
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
-from hubbeam.modules.errors import ConfigError
+from hubbeam.modules.errors import ConfigError, RunError
 from hubbeam.modules.stderr import stderr_into
 from hubbeam.pipelines.options import ExtractOptions
 from hubbeam.transforms.process import cores
@@ -128,6 +131,7 @@ def _worker_processes() -> Iterator[None]:
         with (
             Path(os.devnull).open("wb") as nowhere,
             nullcontext() if told else stderr_into(nowhere),
+            _until_one_dies(),
         ):
             yield
     finally:
@@ -135,6 +139,53 @@ def _worker_processes() -> Iterator[None]:
             del os.environ["PYTHONSAFEPATH"]
         else:
             os.environ["PYTHONSAFEPATH"] = before
+
+
+@contextmanager
+def _until_one_dies() -> Iterator[None]:
+    """Ends the run when a worker process dies: Beam would wait for its answer for ever.
+
+    Beam learns of it in a thread of its own, and only `threading.excepthook` hears of that. Only
+    the main thread can be made to stop waiting: a run in another one waits as before.
+
+    Raises:
+      RunError: a worker process died. The others are ended too.
+    """
+    main = threading.main_thread()
+    if threading.current_thread() is not main:
+        yield
+        return
+    died: list[str] = []
+
+    def heard(args: threading.ExceptHookArgs) -> None:
+        text, _, code = str(args.exc_value).rpartition(" ")
+        if text != "Worker subprocess exited with return code":
+            hook(args)
+        elif code not in _INTERRUPTED and not died:
+            died.append(code)
+            signal.pthread_kill(main.ident or 0, signal.SIGUSR1)
+
+    def stop(*_: object) -> None:
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if _WORKER in process.cmdline():
+                    process.kill()
+        raise RunError(
+            f"a worker process died (exit code {died[0]}; 137 or -9 mostly means that memory ran "
+            "out: take fewer --workers); the same command takes the run up again"
+        )
+
+    hook, handler = threading.excepthook, signal.signal(signal.SIGUSR1, stop)
+    threading.excepthook = heard
+    try:
+        yield
+    finally:
+        threading.excepthook = hook
+        signal.signal(signal.SIGUSR1, handler)
+
+
+_WORKER = "apache_beam.runners.worker.sdk_worker_main"
+_INTERRUPTED = ("-2", "130")  # what Ctrl-C leaves, of a process and of its shell
 
 
 def _parse(args: list[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -45,6 +46,19 @@ def contents(output: Path) -> dict[str, bytes]:
     }
 
 
+def begin(store: Store, images: Path, output: Path, *flags: str) -> subprocess.Popen[str]:
+    """Begins a run of ten shards in a process of its own, and returns when two are written."""
+    arguments = ["extract", images, "-m", MODULE, "-o", output, "--store", store.root, *flags]
+    command = [sys.executable, "-m", "hubbeam.pipelines", *arguments, "--shards", "10"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(list(output.glob(f"{MODULE}/vectors-*"))) < 2:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return process
+
+
 @pytest.fixture(scope="module")
 def inputs(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The labelled photographs and a broken one."""
@@ -66,14 +80,7 @@ def undisturbed(store: Store, inputs: Path, tmp_path_factory: pytest.TempPathFac
 def killed(store: Store, inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of a run that was killed with SIGKILL after its first shards."""
     output = tmp_path_factory.mktemp("killed") / "out"
-    arguments = ["extract", inputs, "-m", MODULE, "-o", output, "--store", store.root]
-    command = [sys.executable, "-m", "hubbeam.pipelines", *arguments, "--shards", "10"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while len(list(output.glob(f"{MODULE}/vectors-*"))) < 2:
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    process = begin(store, inputs, output)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     return output
@@ -109,6 +116,31 @@ def test_killed_run_is_taken_up(
     assert finished.items() <= {p: p.stat().st_mtime_ns for p in killed.rglob("*")}.items()
     (killed / ".mine.tmp").unlink()
     assert contents(killed) == contents(undisturbed)
+
+
+def test_death_of_a_worker_process_ends_the_run(store: Store, inputs: Path, tmp_path: Path) -> None:
+    many = tmp_path / "many"
+    many.mkdir()
+    for photo in inputs.glob("n*.jpg"):
+        for number in range(10):
+            (many / f"{number}-{photo.name}").symlink_to(photo)
+    output = tmp_path / "out"
+    process = begin(store, many, output, "--workers", "2")
+    workers = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if child.cmdline()[1:] == ["-m", "apache_beam.runners.worker.sdk_worker_main"]
+    ]
+    assert len(workers) == 2
+    workers[0].kill()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.splitlines()[-1].startswith("hubbeam: a worker process died (exit code "), errors
+    assert "Traceback" not in errors
+    assert not psutil.wait_procs(workers, timeout=10)[1]  # none is left
+    assert not list(output.rglob("_SUCCESS"))
+    report = run(store, many, output)
+    assert report.published and 2 <= report.shards_kept < 10
 
 
 def test_damaged_shards_are_computed_again(
