@@ -181,7 +181,7 @@ def _until_one_dies() -> Iterator[None]:
         yield
     finally:
         threading.excepthook = hook
-        signal.signal(signal.SIGUSR1, handler)
+        signal.signal(signal.SIGUSR1, handler or signal.SIG_DFL)  # None: not set by Python
 
 
 _WORKER = "apache_beam.runners.worker.sdk_worker_main"

@@ -82,7 +82,7 @@ def small(store: Store, tmp_path_factory: pytest.TempPathFactory) -> ResolvedMod
             x = tf.nn.conv2d(x, self.point, 1, "SAME")
             # Read twice: the first batch norm cannot be folded into the convolution.
             x = self.norm(x, 2) + 0.5 * self.norm(x + 0.25, 3)
-            parts = [x[:, 2:, :, :], x[:, -5:], x[:, :-3], x[:, 1::2, 1:], x[:, 3]]
+            parts = [x[:, 2:, :, :], x[:, 3:], x[:, -5:], x[:, :-3], x[:, 1::2, 1:], x[:, 3]]
             means = [tf.reduce_mean(part, list(range(1, part.ndim - 1))) for part in parts]
             return {"another": images, "default": tf.add_n(means), "map": x}
 

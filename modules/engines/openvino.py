@@ -123,18 +123,23 @@ def _use_slices(graph_def: Any) -> None:
     takes are moved past a `Slice` until they cancel out, but not past a `StridedSlice`, of which
     NASNet has four: they took a tenth of its time.
     """
-    from tensorflow import make_ndarray, make_tensor_proto
+    from hubbeam.modules.engines.tensorflow import import_tensorflow
 
+    tf = import_tensorflow()
+    with tf.Graph().as_default() as graph:
+        tf.import_graph_def(graph_def, name="")
     constants = {node.name: node.attr["value"] for node in graph_def.node if node.op == "Const"}
     for node in list(graph_def.node):
         if node.op != "StridedSlice" or not constants.keys() >= set(node.input[1:]):
             continue
-        begin, _, strides = (make_ndarray(constants[name].tensor) for name in node.input[1:])
+        begin, _, strides = (tf.make_ndarray(constants[name].tensor) for name in node.input[1:])
+        sliced = graph.get_operation_by_name(node.name).inputs[0]
         masks = {name: node.attr[name].i for name in node.attr if name.endswith("_mask")}
         whole = masks.pop("begin_mask", 0)
         begin = np.where([whole >> axis & 1 for axis in range(len(begin))], 0, begin)
         to_the_end = masks.pop("end_mask", 0) == 2 ** len(begin) - 1
-        if not to_the_end or any(masks.values()) or (strides != 1).any() or (begin < 0).any():
+        plain = sliced.shape.rank == len(begin) and not any(masks.values())
+        if not (plain and to_the_end and (begin >= 0).all() and (strides == 1).all()):
             continue
         node.op = "Slice"
         for mask in [name for name in node.attr if name.endswith("_mask")]:
@@ -143,7 +148,7 @@ def _use_slices(graph_def: Any) -> None:
         for name, values in (("begin", begin), ("size", np.full_like(begin, -1))):
             constant = graph_def.node.add(name=f"{node.name}/{name}", op="Const")
             constant.attr["dtype"].CopyFrom(node.attr["Index"])
-            constant.attr["value"].tensor.CopyFrom(make_tensor_proto(values))
+            constant.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(values))
             node.input.append(constant.name)
 
 
