@@ -69,15 +69,11 @@ class Runner:
         ):
             if value is not None:
                 args.append(f"{flag}={value}")
-        if options.workers is not None:
-            args += (
-                [
-                    "--direct_running_mode=multi_processing",
-                    f"--direct_num_workers={options.workers}",
-                ]
-                if is_local
-                else [f"--max_num_workers={options.workers}"]
-            )
+        if options.workers is not None and not is_local:
+            args.append(f"--max_num_workers={options.workers}")
+        elif options.workers is not None and options.workers > 1:  # one is this process itself
+            args.append("--direct_running_mode=multi_processing")
+            args.append(f"--direct_num_workers={options.workers}")
         parsed = _parse(args)
         if is_local:
             count = parsed.get("direct_num_workers", 1) or cores()  # 0 is Beam's "all"

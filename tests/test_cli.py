@@ -175,6 +175,8 @@ def test_runners() -> None:
     assert Runner.from_options(load_options(None, base), []).is_local
     direct = Runner.from_options(load_options(None, {**base, "runner": "DirectRunner"}), [])
     assert direct.is_local and direct.processes == 1
+    one = Runner.from_options(load_options(None, {**base, "workers": 1}), [])
+    assert one == Runner.from_options(load_options(None, base), [])
     two = Runner.from_options(load_options(None, {**base, "workers": 2}), [])
     assert two.processes == two.workers == 2
     flow = Runner.from_options(

@@ -102,6 +102,8 @@ def test_killed_run_is_taken_up(
         key = "modules" if "signature" in other else next(iter(other))
         with pytest.raises(ConfigError, match=rf"unfinished run that differs \(.*{key}: "):
             extract.run_extract(options(store, inputs, killed, **other), [])
+    with pytest.raises(ConfigError, match=r'\(preset: "photo" there, "hub" here\)'):
+        run(store, inputs, killed, preset="hub")
     # What a killed writer leaves.
     (killed / MODULE / ".vectors-00009-of-00010.parquet.1-abcd.tmp").write_bytes(b"half")
     (killed / ".run.json.1-abcd.tmp").write_bytes(b"half")

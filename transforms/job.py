@@ -65,6 +65,8 @@ class Meaning(_Data):
         mine, theirs = self.identity(), other.identity()
         mine["modules"] = [f"{m['name']}@{m['sha256'][:12]}" for m in mine["modules"]]
         theirs["modules"] = [f"{m['name']}@{m['sha256'][:12]}" for m in theirs["modules"]]
+        if self.preset.name != other.preset.name:
+            mine["preset"], theirs["preset"] = self.preset.name, other.preset.name
         lines = [
             f"{key}: {json.dumps(mine[key])} there, {json.dumps(theirs[key])} here"
             for key in mine
