@@ -20,6 +20,13 @@ import numpy as np
 
 from hubbeam.modules.engines import ENGINES, choose_engine, load_engine
 from hubbeam.modules.engines.base import agreement, check_pictures
+from hubbeam.modules.engines.openvino import (
+    CONVERSION,
+    Converted,
+    convert,
+    import_openvino,
+    take_bytes,
+)
 from hubbeam.modules.images import decode
 from hubbeam.modules.presets import load_preset
 from hubbeam.modules.spec import ResolvedModule
@@ -233,16 +240,7 @@ class _OpenVINO(Family):
 
     def __init__(self, pixels: np.ndarray, folder: Path, module: ResolvedModule, cache: Path):
         super().__init__(pixels)
-        from hubbeam.modules.engines.openvino import (
-            CONVERSION,
-            Converted,
-            convert,
-            import_openvino,
-            take_bytes,
-        )
-
         self._ov = import_openvino()
-        self._take_bytes = take_bytes
         self._size = module.image_size
         version = self._ov.__version__.split("-")[0]
         kind = f"openvino-{version}-{CONVERSION}"
@@ -271,7 +269,7 @@ class _OpenVINO(Family):
         model = self._model.clone()
         model.reshape([setting["batch"] if setting["static"] else -1, *self._size, 3])
         if self._pixels.dtype == np.uint8:
-            model = self._take_bytes(ov, model)
+            model = take_bytes(model)
         options = {
             "INFERENCE_PRECISION_HINT": "f32",
             "EXECUTION_MODE_HINT": "ACCURACY",

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
-import psutil
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
@@ -151,6 +150,8 @@ def _until_one_dies() -> Iterator[None]:
     if threading.current_thread() is not main:
         yield
         return
+    import psutil  # most runs have no worker processes
+
     died: list[str] = []
 
     def heard(args: threading.ExceptHookArgs) -> None:

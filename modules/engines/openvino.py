@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from hubbeam.modules.engines.base import check_pixels
+from hubbeam.modules.engines.tensorflow import add_constant, freeze, import_tensorflow
 from hubbeam.modules.errors import ConfigError, RunError
 from hubbeam.modules.spec import ResolvedModule
 
@@ -96,8 +97,6 @@ def convert(folder: Path, module: ResolvedModule, reference: np.ndarray) -> Conv
       ConfigError: OpenVINO is not installed, or the module has no such signature.
       RunError: OpenVINO cannot convert the module.
     """
-    from hubbeam.modules.engines.tensorflow import freeze
-
     ov = import_openvino()
     frozen = freeze(folder, module)
     _use_slices(frozen.graph_def)
@@ -123,8 +122,6 @@ def _use_slices(graph_def: Any) -> None:
     takes are moved past a `Slice` until they cancel out, but not past a `StridedSlice`, of which
     NASNet has four: they took a tenth of its time.
     """
-    from hubbeam.modules.engines.tensorflow import import_tensorflow
-
     tf = import_tensorflow()
     with tf.Graph().as_default() as graph:
         tf.import_graph_def(graph_def, name="")
@@ -135,33 +132,30 @@ def _use_slices(graph_def: Any) -> None:
         begin, _, strides = (tf.make_ndarray(constants[name].tensor) for name in node.input[1:])
         sliced = graph.get_operation_by_name(node.name).inputs[0]
         masks = {name: node.attr[name].i for name in node.attr if name.endswith("_mask")}
-        whole = masks.pop("begin_mask", 0)
+        whole, to_end = masks.pop("begin_mask", 0), masks.pop("end_mask", 0)
         begin = np.where([whole >> axis & 1 for axis in range(len(begin))], 0, begin)
-        to_the_end = masks.pop("end_mask", 0) == 2 ** len(begin) - 1
-        plain = sliced.shape.rank == len(begin) and not any(masks.values())
-        if not (plain and to_the_end and (begin >= 0).all() and (strides == 1).all()):
+        every_axis = sliced.shape.rank == len(begin) and to_end == 2 ** len(begin) - 1
+        if not every_axis or any(masks.values()) or (begin < 0).any() or (strides != 1).any():
             continue
         node.op = "Slice"
-        for mask in [name for name in node.attr if name.endswith("_mask")]:
-            del node.attr[mask]
-        del node.input[1:]
-        for name, values in (("begin", begin), ("size", np.full_like(begin, -1))):
-            constant = graph_def.node.add(name=f"{node.name}/{name}", op="Const")
-            constant.attr["dtype"].CopyFrom(node.attr["Index"])
-            constant.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(values))
-            node.input.append(constant.name)
+        for mask in ("begin_mask", "end_mask", *masks):
+            node.attr.pop(mask, None)
+        node.input[1:] = [
+            add_constant(graph_def, f"{node.name}/begin", begin),
+            add_constant(graph_def, f"{node.name}/size", np.full_like(begin, -1)),
+        ]
 
 
-def take_bytes(ov: Any, model: Any) -> Any:
+def take_bytes(model: Any) -> Any:
     """Makes a model of float32 pictures in [0, 1] one of uint8 pictures in 0 to 255.
 
     By hand, because OpenVINO's own way (`PrePostProcessor`) transposes the bytes first and the
     float32 values back afterwards: 6 % of the time of MobileNet V2.
 
     Args:
-      ov: the package.
       model: its only input is the pictures, which it loses.
     """
+    ov = import_openvino()
     pictures = model.input()
     given = ov.opset13.parameter(pictures.partial_shape, ov.Type.u8)
     scaled = ov.opset13.divide(ov.opset13.convert(given, ov.Type.f32), np.float32(255))
@@ -227,7 +221,7 @@ class OpenVINOEngine:
         with self._cloning:
             model = self._model.clone()
         if dtype == np.uint8:
-            model = take_bytes(self._ov, model)
+            model = take_bytes(model)
         return self._core.compile_model(model, "CPU", self._options).create_infer_request()
 
     def run(self, pixels: np.ndarray) -> np.ndarray:

@@ -164,8 +164,11 @@ def _fold_batch_norms(tf: Any, graph_def: Any) -> None:
             weights = weights * scale
         else:  # [height, width, in, multiplier], channel in * multipliers + multiplier
             weights = weights * scale.reshape(weights.shape[2:])
-        new_weights = _constant(tf, graph_def, f"{conv.name}/folded_weights", weights)
-        new_bias = _constant(tf, graph_def, f"{node.name}/folded_bias", beta - mean * scale)
+        new_weights = add_constant(
+            graph_def, f"{conv.name}/folded_weights", weights.astype(np.float32)
+        )
+        bias = (beta - mean * scale).astype(np.float32)
+        new_bias = add_constant(graph_def, f"{node.name}/folded_bias", bias)
         conv.input[1] = new_weights
         layout = node.attr["data_format"].s or b"NHWC"
         node.op = "BiasAdd"
@@ -175,10 +178,12 @@ def _fold_batch_norms(tf: Any, graph_def: Any) -> None:
         node.input[:] = [conv.name, new_bias]
 
 
-def _constant(tf: Any, graph_def: Any, name: str, values: np.ndarray) -> str:
+def add_constant(graph_def: Any, name: str, values: np.ndarray) -> str:
+    """Adds a node of constant values to a graph, of their own type; returns its name."""
+    tf = import_tensorflow()
     node = graph_def.node.add(name=name, op="Const")
-    node.attr["dtype"].type = tf.float32.as_datatype_enum
-    node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(values.astype(np.float32)))
+    node.attr["dtype"].type = tf.as_dtype(values.dtype).as_datatype_enum
+    node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(values))
     return name
 
 
